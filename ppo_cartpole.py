@@ -138,8 +138,9 @@ class Args:
         """Raises UserError for the first flag that makes no sense. (A comparison with NaN is False, so NaN fails.)"""
         parse_objective(self.objective)
         for name in ("total_timesteps", "num_envs", "num_steps", "update_epochs", "num_minibatches", "eval_episodes"):
-            if not 1 <= getattr(self, name) <= 10**12:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+            most = 10**12 if name == "total_timesteps" else 2**20  # stream() keeps the seeds of so many actors apart
+            if not 1 <= getattr(self, name) <= most:
+                raise UserError(f"--{name.replace('_', '-')} must be between 1 and {most}, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed must be between 0 and {2**31 - 1}, not {self.seed}")
         for name in ("gamma", "gae_lambda"):
@@ -158,6 +159,8 @@ class Args:
                 f"a batch of {self.num_envs} x {self.num_steps} = {self.batch_size} steps does not divide into "
                 f"{self.num_minibatches} minibatches; change --num-envs, --num-steps or --num-minibatches"
             )
+        if self.batch_size > 10**8:
+            raise UserError(f"a batch of {self.batch_size} steps is too large; lower --num-envs or --num-steps")
         if self.batch_size // self.num_minibatches < 4:
             raise UserError("a minibatch must hold at least 4 steps; raise --num-steps or lower --num-minibatches")
         if self.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
@@ -377,7 +380,7 @@ def update(agent, optimizer, batch: Batch, objective, beta: float, args: Args, r
 def train(args: Args) -> tuple[Agent, list[dict]]:
     """Algorithm 1 and the closing evaluation. Returns the agent and what summary.json holds. Raises UserError before
     anything is written, NonFiniteError where a number stops being one."""
-    args, saved = load_run(Args, args.resume) if args.resume else (replace(args), None)
+    args, saved = load_run(Args, args.resume) if args.resume is not None else (replace(args), None)
     args.check()
     torch.set_num_threads(1)  # so small a network loses more to the threads' meeting than it gains
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.compile see through torch.autograd.grad
@@ -495,7 +498,7 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path} is truncated or damaged; restore it from a copy or start the run again")
     try:
         saved = torch.load(io.BytesIO(data[:-32]), weights_only=True)
-        script = saved["script"]
+        script, *_ = (saved[name] for name in ("script", "args", "state", "seconds", "recent", "lengths"))
     except Exception as reason:  # whatever the unpickler meets in a file of unknown origin
         raise UserError(f"{path} is not a checkpoint of this repository") from reason
     if script != Path(__file__).stem:
@@ -522,7 +525,7 @@ def load_run(cls: type, run_dir: str) -> tuple["Args", dict | None]:
         raise UserError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
     if saved is not None and saved["args"] != config["args"]:
         raise UserError(f"{path / 'config.json'} has changed since the checkpoint was written; undo the change")
-    args.run_dir = args.resume = run_dir
+    args.run_dir = args.resume = str(path)
     return args, saved
 
 
@@ -533,7 +536,7 @@ def load_agent(run_dir: str) -> tuple["Agent", "Args"]:
         raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
     agent = Agent(*saved["dims"])
     restore(saved, agent=agent)
-    args.device = "cpu"
+    args.device, args.compile = "cpu", False
     return agent, args
 
 
@@ -547,8 +550,6 @@ class Run:
     def __init__(self, args: "Args", task: dict, agents: list[dict], longest: int, saved: dict | None):
         self.task, self.agents, (self.title,) = task, agents, task.values()
         safest = math.ceil(50 * longest / args.num_steps)
-        if 0 < args.checkpoint_every < min(safest, args.num_updates):
-            print(f"note: --checkpoint-every below {safest} biases reported returns to short episodes", file=sys.stderr)
         args.checkpoint_every = args.checkpoint_every or safest
         self.recent = saved["recent"] if saved else [[] for _ in agents]  # (return, length) of the last 100 episodes
         clocks = ("wall", "first", "environment", "policy", "update")  # first: the first update, with any compilation
@@ -574,10 +575,15 @@ class Run:
                 write_file(self.path / "config.json", json.dumps(self.provenance(), indent=2).encode())
             self.files = {}
             for name, length in (saved["lengths"] if saved else {"metrics.csv": 0, "episodes.csv": 0}).items():
-                self.files[name] = open(self.path / name, "a", newline="")  # noqa: SIM115
-                self.files[name].truncate(length)  # rows later than the checkpoint will be written again
+                self.files[name] = open(self.path / name, "r+" if saved else "w", newline="")  # noqa: SIM115
+                if self.files[name].seek(0, os.SEEK_END) < length:
+                    raise UserError(f"{self.path / name} is shorter than when the checkpoint was written; start again")
+                self.files[name].seek(length)
+                self.files[name].truncate()  # rows later than the checkpoint will be written again
         except OSError as reason:
-            raise UserError(f"cannot write to {self.path}: {reason.strerror}") from reason
+            raise UserError(f"cannot write to {reason.filename or self.path}: {reason.strerror}") from reason
+        if 0 < args.checkpoint_every < min(safest, args.num_updates):
+            print(f"note: --checkpoint-every below {safest} biases reported returns to short episodes", file=sys.stderr)
         self.writers = {name: csv.writer(file, lineterminator="\n") for name, file in self.files.items()}
         self.mirrors = self.mirror(args.wandb_project) if args.track else []
         steps, done = args.batch_size * args.num_updates, saved["state"]["global_step"] if saved else 0
@@ -586,6 +592,7 @@ class Run:
     def provenance(self) -> dict:
         """What config.json holds."""
         command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        command += ["--exclude=*"]  # the commit itself, not the tag it may have
         try:
             commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
         except OSError:  # no git on this machine
@@ -689,7 +696,7 @@ def open_env(env_id: str, render: bool, videos: Path | None = None) -> gym.Env:
     One without a time limit gets a limit of 100,000 steps. Raises UserError where it cannot be made or rendered.
     """
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if render else None)
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if render else {}))
         if env.spec.max_episode_steps is None:
             env = gym.wrappers.TimeLimit(env, 100_000)
         if render:
@@ -711,9 +718,9 @@ def parse_args(cls: type, argv: list[str]) -> "Args":
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        plain = re.sub("[│╭╮╰╯]", " ", told.getvalue())
-        hint = re.search(r"Perhaps you meant:\s+(--[\w-]+)", plain)
-        complaint = " ".join(re.split("─{3,}", plain)[1].split())
+        lines = "\n".join(line.strip(" │") for line in told.getvalue().splitlines()[1:])  # without the box's title
+        complaint, *rest = (" ".join(part.split()) for part in re.split("(?m)^[─-]{4,}$", lines) if part.strip())
+        hint = re.search(r"(?:Perhaps you meant|Arguments similar to \S+): (--[\w-]+)", " ".join(rest))
         raise UserError(complaint + (f"; did you mean {hint[1]}?" if hint else "")) from stop
     flags = {flag.partition("=")[0].replace("_", "-").replace("--no-", "--") for flag in argv if flag.startswith("--")}
     own = {"--eval-episodes", "--sample-actions", "--capture-video"}
@@ -740,9 +747,9 @@ def main() -> None:
     try:
         args = parse_args(Args, sys.argv[1:])
         train(args) if args.evaluate is None else evaluate_run(args)
-    except (UserError, NonFiniteError) as reason:
+    except (UserError, NonFiniteError, OSError) as reason:  # OSError: a full disk, a folder that cannot be written
         print("error: " + " ".join(str(reason).split()), file=sys.stderr)
-        sys.exit(2 if isinstance(reason, UserError) else 3)
+        sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:
         print("interrupted; --resume RUN_DIR goes on from its last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -1,0 +1,71 @@
+"""What the files of this folder share: errors in one line, CSV and Markdown tables, the name of the machine."""
+
+import argparse
+import csv
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend: cli() prints it as one line and exits with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors and whose --help states the defaults."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def positive(text: str) -> int:
+    """The type of a flag that counts something."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def cli(main: Callable[[list[str]], None]) -> None:
+    """Run main(flags) and exit: 0 done, 2 bad input or a file that cannot be read or written, 130 interrupted."""
+    try:
+        main(sys.argv[1:])
+    except (UserError, OSError) as reason:
+        print("error: " + " ".join(str(reason).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV with a header, cells as text. Raises OSError."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows with the same keys, at least one, under a header. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows with the same keys, at least one, as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def machine() -> dict:
+    """{"cpu": its model, "cores": how many}"""
+    path = Path("/proc/cpuinfo")  # Linux alone has it
+    model = re.search(r"model name\s*:\s*(.*)", path.read_text()) if path.exists() else None
+    return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": os.cpu_count()}

@@ -1,0 +1,253 @@
+"""The documented results on classic control, again from nothing: every run a process of ppo_cartpole.py.
+
+    python benchmark/classic.py                   # all runs, one after another, then the report
+    python benchmark/classic.py --jobs 2          # two at a time
+    python benchmark/classic.py --report          # the report alone, from the runs there are
+    python benchmark/classic.py --walltime        # instead: how long the default command takes, five times
+
+Runs live in runs/classic/. One that was interrupted goes on at its last checkpoint, a finished one is left alone, so
+the same command may be given again and again. The report is benchmark/results/classic/: runs.csv, curves.csv,
+summary.md and a picture per task; --walltime adds walltime.csv, and the next report its median.
+"""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark import Parser, UserError, cli, machine, markdown, plot, positive, read_csv, write_csv
+from ppo_cartpole import Args, parse_args
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = Path("runs/classic")  # below ROOT, where the runs are started
+RESULTS = ROOT / "benchmark/results/classic"
+
+
+class Task(NamedTuple):
+    flags: str
+    seeds: range
+    threshold: float  # what the mean return of 100 consecutive episodes must reach
+
+
+ACROBOT = "--env-id Acrobot-v1 --total-timesteps 500000 --num-envs 16 --num-steps 256 --num-minibatches 64"
+LUNAR = "--env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256"
+TASKS = {
+    "cartpole": Task("", range(1, 11), 475),
+    "acrobot": Task(f"{ACROBOT} --learning-rate 0.001", range(1, 6), -100),
+    "lunarlander": Task(
+        f"{LUNAR} --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01 --learning-rate 0.001", range(1, 6), 200
+    ),
+}
+WALLTIME_SEEDS = range(1, 6)
+
+
+# ------------------------------------------------------------------------------------------------------------ RUNS
+def folder(task: str, seed: int | str) -> Path:
+    """Of a run, below ROOT."""
+    return RUNS / task / str(seed)
+
+
+def command(task: str, seed: int | str) -> list[str]:
+    """What follows `python` to start a run."""
+    return f"ppo_cartpole.py {TASKS[task].flags} --seed {seed} --run-dir {folder(task, seed)}".split()
+
+
+def execute(arguments: list[str]) -> None:
+    """`python` with these arguments, at the root of the repository. Raises UserError where it fails."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise UserError(f"python {' '.join(arguments)} ended with code {done.returncode}: {reason}")
+
+
+def read_config(task: str, seed: int) -> dict:
+    """A run's config.json. Raises UserError where there is none, or where it is not that of this task's command: then
+    the report would state flags that never ran."""
+    try:
+        config = json.loads((ROOT / folder(task, seed) / "config.json").read_text())
+        made = config["args"]
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise UserError(f"{folder(task, seed)} has no config.json that can be read: {reason!r}") from reason
+    derived = {"run_dir", "checkpoint_every"}  # what the script fills in by itself
+    for name, value in vars(parse_args(Args, command(task, seed)[1:])).items():
+        if name not in derived and made.get(name, value) != value:
+            what = f"{name} {made[name]} instead of {value}"
+            raise UserError(f"{folder(task, seed)} ran with {what}; remove the folder and run it again")
+    return config
+
+
+def complete(task: str, seed: int) -> None:
+    """Start a run, go on with it, or leave it alone, whatever its folder asks for. Raises UserError where it fails."""
+    path = ROOT / folder(task, seed)
+    if (path / "summary.json").exists():
+        return
+    if (path / "config.json").exists():
+        execute(["ppo_cartpole.py", "--resume", str(folder(task, seed))])
+    else:
+        shutil.rmtree(path, ignore_errors=True)  # stopped before its first file was whole
+        execute(command(task, seed))
+
+
+def complete_all(tasks: list[str], jobs: int) -> None:
+    """Complete every run of these tasks, `jobs` at a time. One that fails does not stop the others; then UserError."""
+    runs, failures = [(task, seed) for task in tasks for seed in TASKS[task].seeds], []
+    for run in runs:
+        if (ROOT / folder(*run) / "config.json").exists():
+            read_config(*run)  # refuse what could not be reported now, not after hours
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs", disable=None) as bar:
+        try:
+            for future in as_completed([pool.submit(complete, *run) for run in runs]):
+                if future.exception():
+                    failures.append(str(future.exception()))
+                bar.update()
+        except KeyboardInterrupt:  # the terminal has told the processes too
+            pool.shutdown(cancel_futures=True)
+            raise
+    if failures:
+        raise UserError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(sorted(failures))}")
+
+
+def measure_walltime() -> None:
+    """walltime.csv: seconds of the default command's whole process, imports and evaluation included, one at a time."""
+    rows = []
+    for seed in tqdm(WALLTIME_SEEDS, unit=" runs", disable=None):
+        path = ROOT / folder("walltime", seed)
+        shutil.rmtree(path, ignore_errors=True)
+        arguments = f"ppo_cartpole.py --seed {seed} --run-dir {folder('walltime', seed)}".split()
+        start = time.perf_counter()
+        execute(arguments)
+        row = {"seed": seed, "seconds": time.perf_counter() - start, "command": f"python {' '.join(arguments)}"}
+        rows.append(row | provenance(json.loads((path / "config.json").read_text())) | machine())
+        shutil.rmtree(path)
+    write_csv(RESULTS / "walltime.csv", rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- REPORT
+def provenance(config: dict) -> dict:
+    """When, from which commit and with which versions: what a run's config.json says."""
+    versions = {name: config["versions"][name] for name in ("torch", "gymnasium", "python")}
+    return {"started": config["started"], "git_commit": config["git_commit"]} | versions
+
+
+def first_step_at_threshold(metrics: list[dict], episodes: list[dict], threshold: float) -> int | None:
+    """global_step of the first row of metrics.csv whose mean of the last 100 episodes is at least `threshold`, with 100
+    episodes behind it; None where there is no such row."""
+    ends = sorted(int(row["global_step"]) for row in episodes)
+    for row in metrics:
+        step = int(row["global_step"])
+        if bisect_right(ends, step) >= 100 and float(row["charts/episodic_return"]) >= threshold:
+            return step
+    return None
+
+
+def read_run(task: str, seed: int) -> tuple[dict, list[dict]]:
+    """A finished run's row of runs.csv and its rows of curves.csv. Raises UserError where a file does not fit."""
+    config, path, row = read_config(task, seed), ROOT / folder(task, seed), {"task": task}
+    try:
+        (summary,) = json.loads((path / "summary.json").read_text())
+        metrics, episodes = (read_csv(path / name) for name in ("metrics.csv", "episodes.csv"))
+        row |= {"env_id": summary["env_id"], "seed": seed, "command": f"python {' '.join(command(task, seed))}"}
+        wanted = "total_timesteps wall_seconds sps last_100_return eval_return_mean eval_return_std eval_episodes"
+        row |= provenance(config) | {name: summary[name] for name in wanted.split()}
+        row["first_step_at_threshold"] = first_step_at_threshold(metrics, episodes, TASKS[task].threshold)
+        seen = [(point["global_step"], point["charts/episodic_return"]) for point in metrics]
+        seen = [(step, ret) for step, ret in seen if ret]  # none before the first episode has ended
+        kept = [seen[i] for i in np.unique(np.linspace(0, len(seen) - 1, 100).round().astype(int))]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as reason:
+        raise UserError(f"{folder(task, seed)} cannot be reported: {reason!r}") from reason
+    return row, [{"task": task, "seed": seed, "global_step": step, "episodic_return": ret} for step, ret in kept]
+
+
+def summarise(task: str, runs: list[dict]) -> dict:
+    """A task's row of summary.md, from its rows of runs.csv."""
+    threshold, names = TASKS[task].threshold, ("last_100_return", "eval_return_mean", "wall_seconds")
+    last, evaluated, wall = (np.array([run[name] for run in runs]) for name in names)
+    steps = [run["first_step_at_threshold"] or math.inf for run in runs]  # a seed that never got there is the slowest
+    median = np.median(steps)
+    return {
+        "task": task,
+        "environment": runs[0]["env_id"],
+        "threshold": f"{threshold:g}",
+        "seeds that reach it": f"{np.isfinite(steps).sum()} of {len(runs)}",
+        "and end at or above it": f"{(last >= threshold).sum()} of {len(runs)}",
+        "last 100, mean": f"{last.mean():.1f}",
+        "last 100, worst seed": f"{last.min():.1f}",
+        "evaluation, mean": f"{evaluated.mean():.1f}",
+        "evaluation, worst seed": f"{evaluated.min():.1f}",
+        "steps to threshold, median": f"{median:,.0f}" if np.isfinite(median) else "never",
+        "wall seconds, median": f"{np.median(wall):.1f}",
+    }
+
+
+def describe(rows: list[dict]) -> str:
+    """When, where and from what these rows were measured."""
+    days = sorted(row["started"][:10] for row in rows)
+    said = " to ".join(dict.fromkeys((days[0], days[-1])))
+    for name in ("python", "torch", "gymnasium", "git_commit", "cpu", "cores"):
+        said += f"; {name.replace('_', ' ')} {' and '.join(sorted({str(row[name]) for row in rows}))}"
+    return said
+
+
+NOTE = """
+A task's threshold is for the mean return of 100 consecutive training episodes. "Last 100" are the last ones of
+training, "evaluation" is greedy, on seeds that training never used. Wall seconds leave out imports and evaluation. CPU
+and cores are those of the machine that wrote this report.
+"""
+
+
+def report(tasks: list[str]) -> None:
+    """Write everything in RESULTS but walltime.csv; the same runs give the same bytes. Raises UserError where a run is
+    missing, before anything is written."""
+    runs = [(task, seed) for task in tasks for seed in TASKS[task].seeds]
+    missing = [folder(*run) for run in runs if not (ROOT / folder(*run) / "summary.json").exists()]
+    if missing:
+        count = f"{len(missing)} of {len(runs)} runs have not finished"
+        raise UserError(f"{count}; run benchmark/classic.py without --report: {', '.join(map(str, missing))}")
+    rows, points = zip(*(read_run(*run) for run in runs), strict=True)
+    write_csv(RESULTS / "runs.csv", rows)
+    write_csv(RESULTS / "curves.csv", [point for curve in points for point in curve])
+    panels = plot.read_curves(RESULTS / "curves.csv", panel="task", line="task")
+
+    text, table = "# Classic control\n\n", []
+    for task in tasks:
+        seeds, of_task = TASKS[task].seeds, [row for row in rows if row["task"] == task]
+        text += f"    python {' '.join(command(task, 'S'))}  # S = {seeds[0]} to {seeds[-1]}\n"
+        table.append(summarise(task, of_task))
+        plot.draw(RESULTS / f"{task}.png", {of_task[0]["env_id"]: panels[task]}, TASKS[task].threshold)
+    text += f"\n{describe([row | machine() for row in rows])}\n\n{markdown(table)}{NOTE}"
+    if (RESULTS / "walltime.csv").exists():
+        whole = read_csv(RESULTS / "walltime.csv")
+        median = np.median([float(row["seconds"]) for row in whole])
+        text += f"\n`python ppo_cartpole.py`, the whole process with imports and evaluation: {median:.1f} s, median of "
+        text += f"{len(whole)} runs one after another ({describe(whole)}).\n"
+    (RESULTS / "summary.md").write_text(text)
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("Rerun the documented results on classic control and report them.")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to run and to report")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the runs there are")
+    parser.add_argument("--walltime", action="store_true", help="time the default command instead, five runs in a row")
+    args = parser.parse_args(argv)
+    if args.walltime:
+        measure_walltime()
+        return
+    if not args.report:
+        complete_all(args.tasks, args.jobs)
+    report(args.tasks)
+    print(RESULTS / "summary.md")
+
+
+if __name__ == "__main__":
+    cli(main)

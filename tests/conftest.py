@@ -1,0 +1,141 @@
+"""Shared by the tests: the command line in this process and in its own, a finished run, and odd environments.
+
+The environments are registered on import, so that --env-id conftest:Name-v0 finds them in any process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import ppo_cartpole
+
+TESTS, SCRIPT = Path(__file__).parent, Path(ppo_cartpole.__file__)
+TINY = "--total-timesteps 256 --num-envs 2 --num-steps 32 --num-minibatches 2 --update-epochs 1 --eval-episodes 2"
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: list[str]  # lines of stdout
+    err: list[str]  # lines of stderr
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path):
+    """main() with these arguments in this process, its working directory the test's empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
+        capsys.readouterr()
+        code = 0
+        try:
+            ppo_cartpole.main()
+        except SystemExit as stop:
+            code = stop.code
+        return Outcome(code, *(text.splitlines() for text in capsys.readouterr()))
+
+    return run
+
+
+def environment(**changes: str | None) -> dict:
+    """This process's environment, with the folder of this file importable; None takes a variable away."""
+    changes = {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(TESTS)])} | changes
+    return {name: value for name, value in (os.environ | changes).items() if value is not None}
+
+
+@pytest.fixture
+def process(tmp_path):
+    """The same in a process of its own, with an empty stdin."""
+
+    def run(*argv, **changes) -> Outcome:
+        command = [sys.executable, SCRIPT, *map(str, argv)]
+        quiet = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 120}
+        done = subprocess.run(command, cwd=tmp_path, env=environment(**changes), **quiet)
+        return Outcome(done.returncode, done.stdout.splitlines(), done.stderr.splitlines())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run; look, do not touch."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    args = ppo_cartpole.parse_args(ppo_cartpole.Args, [*TINY.split(), "--run-dir", str(path)])
+    ppo_cartpole.train(args)
+    return path
+
+
+class Lever(gym.Env):
+    """Three levers, numbered from 1; the highest pays 1. An episode ends after 5 steps, every third by termination."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float64)
+    action_space = gym.spaces.Discrete(3, start=1)
+    episode = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count, self.episode = 0, self.episode + 1
+        return self.np_random.uniform(-1, 1, 3), {}
+
+    def step(self, action):
+        if not self.action_space.contains(int(action)):
+            raise ValueError(f"there is no lever {action}")
+        self.count += 1
+        ended = self.count == 5
+        by_itself = ended and self.episode % 3 == 0
+        return self.np_random.uniform(-1, 1, 3), float(action == 3), by_itself, ended and not by_itself, {}
+
+
+class Poison(gym.Env):
+    """Never ends by itself; from its `after`-th step on, counted over all copies, it poisons what `where` names."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+    steps = 0  # of all copies; a test starts it from 0
+
+    def __init__(self, where: str, value: float, after: int):
+        self.poison, self.after = {where: value}, after
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {}
+
+    def step(self, action):
+        Poison.steps += 1
+        poison = self.poison if Poison.steps >= self.after else {}
+        obs = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        obs[0] = poison.get("obs", obs[0])
+        return obs, poison.get("rewards", 1.0), False, False, {}
+
+
+class Still(gym.Env):
+    """Does nothing, in whatever spaces it is given."""
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+
+class Broken(gym.Env):
+    def __init__(self):
+        raise RuntimeError("the simulator's licence\nhas run out")
+
+
+VECTOR, TWO = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+for name, spaces in {
+    "Image": (gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), TWO),
+    "Dict": (gym.spaces.Dict({"position": VECTOR}), TWO),
+    "ManyActions": (VECTOR, gym.spaces.MultiDiscrete([2, 3])),
+}.items():
+    kwargs = dict(zip(("observation_space", "action_space"), spaces, strict=True))
+    gym.register(f"{name}-v0", Still, kwargs=kwargs, max_episode_steps=10)
+for where, value, after in (("obs", np.nan, 257), ("obs", np.inf, 258), ("rewards", np.nan, 320)):
+    kwargs = {"where": where, "value": value, "after": after}
+    gym.register(f"Poison-{where}-{value}-v0", Poison, kwargs=kwargs, max_episode_steps=1000)
+gym.register("Lever-v0", Lever, max_episode_steps=100)
+gym.register("Broken-v0", Broken)

@@ -1,0 +1,306 @@
+"""benchmark/: plot.py, classic.py and speed.py, at toy size."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+import ppo_cartpole
+from benchmark import UserError, classic, plot, read_csv, speed
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY = "--total-timesteps 4096 --num-envs 4 --num-steps 64 --num-minibatches 8 --eval-episodes 1"
+LONGER = TOY.replace("4096", "16384") + " --checkpoint-every 5"
+QUIET = {"capture_output": True, "text": True, "cwd": ROOT}
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory) -> Path:
+    """Finished runs of TOY in toy/1 and toy/2, as classic.py would leave them."""
+    root = tmp_path_factory.mktemp("classic")
+    for seed in (1, 2):
+        flags = f"{TOY} --seed {seed} --run-dir {root / 'toy' / str(seed)}"
+        ppo_cartpole.train(ppo_cartpole.parse_args(ppo_cartpole.Args, flags.split()))
+    return root
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """classic.py with one task of two seeds, and folders of its own for runs and results. Returns set_flags."""
+    monkeypatch.setattr(classic, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(classic, "RESULTS", tmp_path / "results")
+
+    def set_flags(flags: str, seeds: range = range(1, 3), threshold: float = 20) -> Path:
+        monkeypatch.setattr(classic, "TASKS", {"toy": classic.Task(flags, seeds, threshold)})
+        return tmp_path
+
+    return set_flags
+
+
+def write_run(folder: Path, agents: list[tuple[int, str]], rows: list[tuple[int, str]], **config) -> Path:
+    """A run folder with the same (global_step, episodic_return) rows for every agent."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"script": "ppo_cartpole", "args": {"env_id": "E-v0"}} | config))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["update", "global_step", "seed", "objective", "charts/episodic_return"])
+        for update, (step, ret) in enumerate(rows, 1):
+            writer.writerows([update, step, seed, objective, ret] for seed, objective in agents)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------ PLOT
+def test_plot_draws_runs(two_runs, tmp_path):
+    picture = tmp_path / "a.png"
+    command = [sys.executable, "benchmark/plot.py", two_runs / "toy/1", two_runs / "toy/2", "-o", picture]
+    done = subprocess.run(command, **QUIET)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    panels = plot.read_runs([two_runs / "toy/1", two_runs / "toy/2"])
+    assert {env: {line: len(seeds) for line, seeds in groups.items()} for env, groups in panels.items()} == {
+        "CartPole-v1": {"clip:0.2": 2}
+    }
+
+
+@pytest.mark.parametrize(
+    "what, flags",
+    [("missing", ["no/such/run"]), ("unwritable", ["-o", "no/such/folder/a.png"]), ("format", ["-o", "a.nonsense"])],
+)
+def test_plot_refuses_in_one_line(what, flags, two_runs, tmp_path):
+    runs = [] if what == "missing" else [two_runs / "toy/1"]
+    done = subprocess.run([sys.executable, "benchmark/plot.py", *runs, *flags], **QUIET)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_plot_says_what_is_wrong_with_a_run(tmp_path):
+    whole = write_run(tmp_path / "whole", [(1, "a")], [(10, "1"), (20, "2")])
+    again = write_run(tmp_path / "again", [(1, "a")], [(10, "1"), (20, "2")])
+    young = write_run(tmp_path / "young", [(1, "a")], [(10, "")])
+    empty = write_run(tmp_path / "empty", [(1, "a")], [])
+    short = write_run(tmp_path / "short", [(1, "a")], [(10, "1")])
+    broken = write_run(tmp_path / "broken", [(1, "a")], [(10, "1")], args={})
+    garbled = write_run(tmp_path / "garbled", [(1, "a")], [(10, "1"), (20, "x")])
+    for folders, complaint in {
+        (whole, again): "both ppo_cartpole.py on E-v0, a, seed 1",
+        (young,): "no metrics yet",
+        (empty,): "no metrics yet",
+        (broken,): "not a run folder with curves",
+        (garbled,): "not a run folder with curves",
+        (short,): "needs two steps",
+    }.items():
+        with pytest.raises(UserError, match=complaint):
+            plot.draw(tmp_path / "a.png", plot.read_runs(folders))
+    plot.draw(tmp_path / "a.png", plot.read_runs([whole, whole]))  # named twice is drawn once
+
+
+def test_plot_groups_by_what_differs(tmp_path):
+    rows = [(10, ""), (20, "1"), (30, "3")]  # the first row precedes the first finished episode
+    many = write_run(tmp_path / "many", [(s, o) for s in (1, 2, 3) for o in ("none", "clip:0.2")], rows)
+    other = write_run(tmp_path / "other", [(1, "none"), (1, "clip:0.2")], rows, script="ppo_continuous")
+    third = write_run(tmp_path / "third", [(1, "none")], rows, args={"env_id": "F-v0"}, script="ppo_continuous")
+
+    def shape(*folders):
+        return {env: {line: len(c) for line, c in lines.items()} for env, lines in plot.read_runs(folders).items()}
+
+    assert shape(many) == {"E-v0": {"none": 3, "clip:0.2": 3}}
+    lines = {"ppo_cartpole, none": 3, "ppo_cartpole, clip:0.2": 3, "ppo_continuous, none": 1}
+    assert shape(many, other, third) == {
+        "E-v0": lines | {"ppo_continuous, clip:0.2": 1},
+        "F-v0": {"ppo_continuous, none": 1},
+    }
+    steps, returns = plot.on_grid(plot.read_runs([many])["E-v0"]["none"])
+    assert (steps[0], steps[-1], len(steps)) == (20, 30, plot.POINTS)
+    assert returns.shape == (3, plot.POINTS) and np.allclose(returns, 1 + (steps - 20) / 5)
+    plot.draw(tmp_path / "a.png", plot.read_runs([many, other, third]), threshold=2)
+
+
+def test_curves_never_extrapolate_and_colour_by_place():
+    a, b = ([(np.arange(0.0, end), np.ones(int(end)))] for end in (50_001, 40_001))
+    ax = Figure().subplots()
+    plot.curves(ax, {"b": a + b}, lines=["a", "b"])
+    (line,) = ax.lines
+    assert line.get_xdata()[-1] == 40_000 and line.get_color() == plot.COLOURS[1]
+    assert [ax.xaxis.get_major_formatter()(x) for x in (0, 50_000, 1e6, 1.5e6)] == ["0", "50k", "1M", "1.5M"]
+    assert ax.get_ylabel() == "episodic return (last 100)"
+
+
+def test_interval_is_the_bootstrap_of_the_mean_over_seeds():
+    returns = np.array([[0.0, 5.0, 1.0], [10.0, 5.0, 2.0], [20.0, 5.0, 9.0], [30.0, 5.0, 4.0]])
+    mean, low, high = plot.interval(returns)
+    assert np.array_equal(mean, [15, 5, 4])
+    assert (low <= mean).all() and (mean <= high).all() and low[1] == high[1] == 5
+    assert all(np.array_equal(x, y) for x, y in zip(plot.interval(returns), (mean, low, high), strict=True))
+    # exactly: all 4^4 resamples of the first column, of which 2.5% lie at or below 5, and 2.5% at or above 25
+    resampled = np.stack(np.meshgrid(*[returns[:, 0]] * 4)).reshape(4, -1).mean(0)
+    assert np.allclose((low[0], high[0]), np.percentile(resampled, [2.5, 97.5]), atol=2.5)
+    assert all(np.array_equal(x, returns[0]) for x in plot.interval(returns[:1]))  # one seed has no interval
+
+
+# --------------------------------------------------------------------------------------------------------- CLASSIC
+def test_first_step_at_threshold_needs_a_hundred_episodes():
+    metrics = [
+        {"global_step": str(step), "charts/episodic_return": ret}
+        for step, ret in [(10, ""), (20, "600"), (30, "475"), (40, "474.9"), (50, "475.0"), (60, "500")]
+    ]
+    early = [{"global_step": "15"}] * 99
+    assert classic.first_step_at_threshold(metrics, [*early, {"global_step": "31"}], 475) == 50
+    assert classic.first_step_at_threshold(metrics, [*early, {"global_step": "30"}], 475) == 30
+    assert classic.first_step_at_threshold(metrics, early, 475) is None
+    assert classic.first_step_at_threshold(metrics, early * 2, 601) is None
+
+
+def test_report_is_the_same_bytes_again(toy, two_runs):
+    root = toy(TOY)
+    shutil.copytree(two_runs, root / "runs")
+    (root / "results").mkdir()
+    walltime = "seed,seconds,started,git_commit,torch,gymnasium,python,cpu,cores\n"
+    walltime += "".join(f"{i},{10 + i},2026-01-02T03:04:05,abc,1,2,3,none,2\n" for i in (1, 2, 4))
+    (root / "results/walltime.csv").write_text(walltime)
+    written = []
+    for _ in range(2):
+        classic.main(["--report"])
+        written.append({path.name: path.read_bytes() for path in (root / "results").iterdir()})
+    assert written[0] == written[1]
+    assert set(written[0]) == {"runs.csv", "curves.csv", "summary.md", "toy.png", "walltime.csv"}
+
+    rows = read_csv(root / "results/runs.csv")
+    for row, seed in zip(rows, (1, 2), strict=True):
+        (summary,) = json.loads((root / f"runs/toy/{seed}/summary.json").read_text())
+        assert row["command"] == f"python ppo_cartpole.py {TOY} --seed {seed} --run-dir {root / 'runs/toy'}/{seed}"
+        for name in ("wall_seconds", "sps", "last_100_return", "eval_return_mean", "total_timesteps"):
+            assert float(row[name]) == summary[name]
+        metrics = {
+            m["global_step"]: m["charts/episodic_return"] for m in read_csv(root / f"runs/toy/{seed}/metrics.csv")
+        }
+        points = [point for point in read_csv(root / "results/curves.csv") if point["seed"] == str(seed)]
+        assert 2 <= len(points) <= 100 and all(metrics[p["global_step"]] == p["episodic_return"] for p in points)
+    text = (root / "results/summary.md").read_text()
+    reached = sum(bool(row["first_step_at_threshold"]) for row in rows)
+    assert f"| toy | CartPole-v1 | 20 | {reached} of 2 |" in text
+    assert "12.0 s, median of 3 runs" in text
+
+
+def test_report_refuses_what_it_cannot_vouch_for(toy, two_runs):
+    root = toy(TOY, seeds=range(1, 4))
+    shutil.copytree(two_runs, root / "runs")
+    with pytest.raises(UserError, match=r"1 of 3 runs have not finished.*toy/3"):
+        classic.main(["--report"])
+    toy(TOY + " --gamma 0.5")  # the runs were made with the default
+    for flags in (["--report"], []):
+        with pytest.raises(UserError, match=r"toy/1 ran with gamma 0\.99 instead of 0\.5"):
+            classic.main(flags)
+    toy(TOY)
+    (root / "runs/toy/2/summary.json").write_text("[]")
+    with pytest.raises(UserError, match="toy/2 cannot be reported"):
+        classic.main(["--report"])
+    assert not (root / "results").exists()
+
+
+def test_classic_continues_skips_and_restarts(toy):
+    """Seed 1 is killed in mid-run, seed 2 died before its config.json, seed 3 has finished."""
+    root = toy(LONGER, seeds=range(1, 4))
+    folders = {seed: root / "runs/toy" / str(seed) for seed in (1, 2, 3)}
+    process = subprocess.Popen([sys.executable, *classic.command("toy", 1)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    give_up = time.monotonic() + 30
+    while not (folders[1] / "checkpoint.pt").exists() and time.monotonic() < give_up:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    started = (folders[1] / "config.json").read_bytes()
+    done_before = len(read_csv(folders[1] / "metrics.csv"))
+    assert (folders[1] / "checkpoint.pt").exists() and not (folders[1] / "summary.json").exists()
+    folders[2].mkdir()
+    (folders[2] / "config.json.tmp").write_text("{")
+    folders[3].mkdir()
+    for name in ("config.json", "summary.json"):  # what is skipped is not even opened for training
+        (folders[3] / name).write_bytes(started if name == "config.json" else b"[]")
+    (folders[3] / "config.json").write_bytes(started.replace(b'"seed": 1', b'"seed": 3'))
+
+    classic.complete_all(["toy"], jobs=1)
+    assert (folders[1] / "config.json").read_bytes() == started  # continued, not started again
+    assert len(read_csv(folders[1] / "metrics.csv")) == 64 > done_before
+    assert (folders[2] / "summary.json").exists() and not (folders[2] / "config.json.tmp").exists()
+    assert (folders[3] / "summary.json").read_bytes() == b"[]" and len(list(folders[3].iterdir())) == 2
+
+
+def test_classic_says_why_a_run_failed(toy):
+    root = toy(TOY + " --env-id NoSuch-v0", seeds=range(1, 2))
+    with pytest.raises(UserError, match=r"1 of 1 runs failed: .* ended with code 2: error: cannot make"):
+        classic.main([])
+    assert not (root / "results").exists()
+
+
+def test_walltime_measures_whole_processes(toy, monkeypatch):
+    root = toy(TOY)
+    monkeypatch.setattr(classic, "WALLTIME_SEEDS", range(1, 3))
+    slept = []
+
+    def execute(arguments):  # the default run takes ten seconds
+        slept.append(arguments)
+        time.sleep(0.1)
+        config = {
+            "started": "now",
+            "git_commit": None,
+            "versions": dict.fromkeys(("torch", "gymnasium", "python"), "1"),
+        }
+        (ROOT / arguments[-1]).mkdir(parents=True)
+        (ROOT / arguments[-1] / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(classic, "execute", execute)
+    (root / "runs/walltime/1").mkdir(parents=True)  # a measurement that was interrupted
+    classic.main(["--walltime"])
+    rows = read_csv(root / "results/walltime.csv")
+    assert [row["command"] for row in rows] == [f"python {' '.join(arguments)}" for arguments in slept]
+    assert all(0.1 <= float(row["seconds"]) < 5 and int(row["cores"]) >= 1 for row in rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- SPEED
+def test_speed_has_a_row_per_contestant_and_a_ratio(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "RESULTS", tmp_path)
+    keys = ["ours", "sb3"]  # to compile takes longer than all other tests
+    speed.main(["--contestants", *keys, "--rounds", "1", "--total-timesteps", "6144"])
+    rows = read_csv(tmp_path / "speed.csv")
+    assert [row["contestant"] for row in rows] == [speed.CONTESTANTS[key].title for key in keys]
+    assert all(row["threads"] == "1" and row["timed_steps"] == "4096" for row in rows)
+    assert float(rows[0]["first_update_seconds"]) > 0 and rows[1]["first_update_seconds"] == ""
+    ours, theirs = (float(row["steps_per_second"]) for row in rows)
+    printed = capsys.readouterr().out
+    assert f"| {ours / theirs:.2f} (" in printed and "| 1.00 (" in printed
+    assert (tmp_path / "summary.md").read_text().endswith(printed)
+
+
+@pytest.mark.parametrize("key, expected", [("ours", 1), ("sb3", 3), ("sb3-default", 0)])
+def test_speed_gives_threads_to_peers_alone(key, expected, monkeypatch, capsys):
+    spy = speed.CONTESTANTS[key]._replace(measure=lambda total_timesteps, threads: (total_timesteps, threads))
+    monkeypatch.setitem(speed.CONTESTANTS, key, spy)
+    speed.main(["--worker", key, "--threads", "3", "--total-timesteps", "7"])
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["steps_per_second"], printed["first_update_seconds"]) == (7, expected)
+
+
+def test_speed_takes_ratios_within_a_round():
+    def rows(speeds):
+        return [
+            {"contestant": c.title, "steps_per_second": v, "threads": 1, "first_update_seconds": None}
+            for round_ in speeds
+            for c, v in zip((speed.CONTESTANTS["ours"], speed.CONTESTANTS["sb3"]), round_, strict=True)
+        ]
+
+    ours, theirs = speed.table(rows([(300, 100), (400, 200), (500, 100)]))  # the ratio of medians would be 4
+    assert ours["times Stable-Baselines3 PPO"] == "3.00 (2.00 to 5.00)" and ours["steps/s"] == "400"
+    assert theirs["times Stable-Baselines3 PPO"] == "1.00 (1.00 to 1.00)"
+
+
+def test_speed_refuses_what_it_cannot_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "RESULTS", tmp_path / "results")
+    for flags, complaint in {"--total-timesteps 2048": "first update", "--rounds 0": "at least 1"}.items():
+        with pytest.raises(UserError, match=complaint):
+            speed.main(flags.split())
+    assert not (tmp_path / "results").exists()
