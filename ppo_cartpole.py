@@ -134,6 +134,11 @@ class Args:
     def num_updates(self) -> int:
         return math.ceil(self.total_timesteps / self.batch_size)
 
+    @property
+    def agents(self) -> list[dict]:
+        """What names each agent of the run; here there is one."""
+        return [{"seed": self.seed, "objective": self.objective}]
+
     def check(self) -> None:
         """Raises UserError for the first flag that makes no sense. (A comparison with NaN is False, so NaN fails.)"""
         parse_objective(self.objective)
@@ -386,7 +391,8 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.compile see through torch.autograd.grad
     step = torch.compile(gradient, dynamic=True) if args.compile else gradient
     objective = parse_objective(args.objective)
-    state = saved["state"] if saved else {"update": 0, "global_step": 0, "transitions": 0, "beta": objective.beta}
+    state = {"update": 0, "global_step": 0, "beta": objective.beta, "transitions": [0], "diverged_at": [None]}
+    state = saved["state"] if saved else state
     actors = start_actors(args, state["update"])
 
     torch.manual_seed(stream(args.seed, "weights"))
@@ -396,8 +402,7 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
     rng = {name: torch.Generator().manual_seed(stream(args.seed, name)) for name in ("actions", "minibatches")}
     restore(saved, agent=agent, optimizer=optimizer, **rng)
     open_env(args.env_id, args.capture_video).close()  # where rendering does not work, say so now
-    longest, who = actors.envs.spec.max_episode_steps or 1000, {"seed": args.seed, "objective": args.objective}
-    run = Run(args, {"env_id": args.env_id}, [who], longest, saved)
+    run = Run(args, {"env_id": args.env_id}, actors.envs.spec.max_episode_steps or 1000, saved)
     while state["update"] < args.num_updates:
         # ROLLOUT
         rollout, episodes = collect(agent, actors, args.num_steps, rng["actions"], run.seconds)
@@ -422,7 +427,7 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
         run.episodes(state["global_step"], episodes)
         state["update"] += 1
         state["global_step"] += args.batch_size
-        state["transitions"] += len(batch["obs"])
+        state["transitions"][0] += len(batch["obs"])
         variance, unexplained = batch["returns"].var(), (batch["returns"] - batch["values"]).var()
         metrics["explained_variance"] = float(1 - unexplained / variance) if variance > 0 else 0.0
         run.log(state, [{"charts/learning_rate": lr, "charts/beta": state["beta"]}], [metrics])
@@ -431,12 +436,13 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
             run.save(state, dims=dims, agent=agent, optimizer=optimizer, **rng)
             actors.envs.close()  # the clean cut: every run makes it, resumed or not
             actors = start_actors(args, state["update"])
-    return agent, run.finish(state, [evaluate(agent, args, run.path)])
+    actors.envs.close()
+    return agent, run.finish(state, evaluate(agent, args, run.path))
 
 
-def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
-    """Returns of `args.eval_episodes` episodes on seeds that training never used, with the most probable actions or,
-    for args.sample_actions, sampled ones. Raises UserError where rendering does not work."""
+def evaluate(agent: Agent, args: Args, run_path: Path) -> list[list[float]]:
+    """Returns [1, E] of E = args.eval_episodes episodes on seeds that training never used, with the most probable
+    actions or, for args.sample_actions, sampled ones. Raises UserError where rendering does not work."""
     seed, returns = 2**30 + stream(args.seed, "evaluation"), [0.0] * args.eval_episodes
     rng = torch.Generator().manual_seed(seed)
     with open_env(args.env_id, args.capture_video, run_path / "videos") as env, torch.no_grad():
@@ -449,7 +455,7 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
                 obs, reward, terminated, truncated, _ = env.step(int(logits.argmax()) + env.action_space.start)
                 returns[episode] += float(reward)
                 ended = terminated or truncated
-    return returns
+    return [returns]
 
 
 # ---------------------------------------------------------------------------------------------------- AROUND THE RUN
@@ -529,34 +535,23 @@ def load_run(cls: type, run_dir: str) -> tuple["Args", dict | None]:
     return args, saved
 
 
-def load_agent(run_dir: str) -> tuple["Agent", "Args"]:
-    """The trained agent of a run folder, on the CPU, and its flags. Raises UserError where there is no checkpoint."""
-    args, saved = load_run(Args, run_dir)
-    if saved is None:
-        raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
-    agent = Agent(*saved["dims"])
-    restore(saved, agent=agent)
-    args.device, args.compile = "cpu", False
-    return agent, args
-
-
 class Run:
     """A run's folder, clock, progress bar and Weights & Biases mirror.
 
-    task: the summary's first entry, such as {"env_id": ...}; agents: one dict per agent that names it, seed first;
+    task: the summary's first entry, such as {"env_id": ...}; args.agents: a dict per agent that names it, seed first;
     longest: steps of the longest episode; saved: the checkpoint to go on from.
     """
 
-    def __init__(self, args: "Args", task: dict, agents: list[dict], longest: int, saved: dict | None):
-        self.task, self.agents, (self.title,) = task, agents, task.values()
+    def __init__(self, args: "Args", task: dict, longest: int, saved: dict | None):
+        self.task, self.agents, (self.title,) = task, args.agents, task.values()
         safest = math.ceil(50 * longest / args.num_steps)
         args.checkpoint_every = args.checkpoint_every or safest
-        self.recent = saved["recent"] if saved else [[] for _ in agents]  # (return, length) of the last 100 episodes
+        self.recent = saved["recent"] if saved else [[] for _ in self.agents]  # of the last 100 episodes
         clocks = ("wall", "first", "environment", "policy", "update")  # first: the first update, with any compilation
         self.seconds = saved["seconds"] if saved else dict.fromkeys(clocks, 0.0)
         self.started = time.perf_counter() - self.seconds["wall"]
 
-        script, seeds = Path(__file__).stem, "-".join(dict.fromkeys(str(agent["seed"]) for agent in agents))
+        script, seeds = Path(__file__).stem, "-".join(dict.fromkeys(str(agent["seed"]) for agent in self.agents))
         stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
         self.path = Path(args.run_dir or "runs/" + re.sub(r"[/:]", "-", f"{self.title}__{script}__{seeds}__{stamp}"))
         self.config = asdict(args) | {"run_dir": None, "resume": None}
@@ -628,7 +623,7 @@ class Run:
         self.recent[agent] = (self.recent[agent] + [[ret, length] for _, ret, length in episodes])[-100:]
 
     def log(self, state: dict, charts: list[dict], losses: list[dict]) -> None:
-        """One row per agent in metrics.csv, its names made complete; a mean over no episode is an empty cell."""
+        """One row per agent in metrics.csv, its names made complete; None, or a mean over no episode, is left empty."""
         self.seconds["wall"] = time.perf_counter() - self.started
         self.seconds["first"] = self.seconds["first"] or self.seconds["wall"]
         for i, agent in enumerate(self.agents):
@@ -647,8 +642,10 @@ class Run:
         for file in self.files.values():
             file.flush()
         means = [np.mean([ret for ret, _ in recent]) for recent in self.recent if recent]
-        shown = f"return {np.mean(means):.1f}, " if means else ""
-        self.bar.set_postfix_str(f"{shown}KL {np.mean([row['kl_after_update'] for row in losses]):.4f}", refresh=False)
+        kls = [row["kl_after_update"] for row in losses if row["kl_after_update"] is not None]
+        shown = [f"return {np.mean(means):.1f}"] if means else []
+        shown += [f"KL {np.mean(kls):.4f}"] if kls else []
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update(state["global_step"] - self.bar.n)
 
     def save(self, state: dict, **parts) -> None:
@@ -669,13 +666,13 @@ class Run:
         self.bar.close()
         rows, wall = [], self.seconds["wall"]
         timed = state["global_step"] * (1 - 1 / state["update"]), wall - self.seconds["first"]
-        for agent, recent, evaluated in zip(self.agents, self.recent, returns, strict=True):
-            row = self.task | agent | {"total_timesteps": state["global_step"], "transitions": state["transitions"]}
+        for i, (agent, recent, evaluated) in enumerate(zip(self.agents, self.recent, returns, strict=True)):
+            row = self.task | agent | {"total_timesteps": state["global_step"], "transitions": state["transitions"][i]}
             row |= {"wall_seconds": wall, "seconds": dict(list(self.seconds.items())[2:])}
             row |= {"sps": timed[0] / timed[1] if timed[1] > 0 else state["global_step"] / wall}
             row |= {"last_100_return": np.mean([ret for ret, _ in recent]).item() if recent else None}
             row |= {"eval_return_mean": np.mean(evaluated).item(), "eval_return_std": np.std(evaluated).item()}
-            rows.append(row | {"eval_episodes": len(evaluated), "diverged_at": None})
+            rows.append(row | {"eval_episodes": len(evaluated), "diverged_at": state["diverged_at"][i]})
         write_file(self.path / "summary.json", json.dumps(rows, indent=2).encode())
         for mirror, row in zip(self.mirrors, rows, strict=False):
             mirror.summary.update(row)
@@ -730,16 +727,33 @@ def parse_args(cls: type, argv: list[str]) -> "Args":
     return args
 
 
-def evaluate_run(args: "Args") -> None:
+# -------------------------------------------------------------------------------------------------------- COMMANDS
+def load_agent(run_dir: str) -> tuple["Agent", "Args"]:
+    """The trained agent of a run folder, on the CPU, and its flags. Raises UserError where there is no checkpoint."""
+    args, saved = load_run(Args, run_dir)
+    if saved is None:
+        raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
+    agent = Agent(*saved["dims"])
+    restore(saved, agent=agent)
+    args.device, args.compile = "cpu", False
+    return agent, args
+
+
+def evaluate_run(args: Args) -> None:
     """--evaluate: load, evaluate, print, and write evaluation.json into the run folder."""
     agent, trained = load_agent(args.evaluate)
     trained.eval_episodes, trained.sample_actions = args.eval_episodes, args.sample_actions
     trained.capture_video = args.capture_video
     trained.check()
-    returns, how = evaluate(agent, trained, Path(args.evaluate)), "sampled" if args.sample_actions else "greedy"
-    result = {"actions": how, "eval_return_mean": np.mean(returns).item(), "eval_return_std": np.std(returns).item()}
-    write_file(Path(args.evaluate) / "evaluation.json", json.dumps(result | {"returns": returns}, indent=2).encode())
-    print(f"{args.evaluate}: {np.mean(returns):.1f} +- {np.std(returns):.1f} over {len(returns)} {how} episodes")
+    path, how, results = Path(args.evaluate), "sampled" if args.sample_actions else "greedy", []
+    for who, returns in zip(trained.agents, evaluate(agent, trained, path), strict=True):
+        row = {"eval_return_mean": np.mean(returns).item(), "eval_return_std": np.std(returns).item()}
+        results.append(who | {"actions": how} | row | {"returns": returns})
+    write_file(path / "evaluation.json", json.dumps(results, indent=2).encode())
+    for who, row in zip(trained.agents, results, strict=True):
+        label = " ".join(f"{name} {value}" for name, value in who.items())
+        score = f"{row['eval_return_mean']:.1f} +- {row['eval_return_std']:.1f}"
+        print(f"{path}, {label}: {score} in {len(row['returns'])} {how} episodes")
 
 
 def main() -> None:

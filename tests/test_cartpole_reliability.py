@@ -214,18 +214,6 @@ def test_sigkill_while_a_file_is_being_written_changes_no_bit(reference, launch,
     same_bits(run, reference("adaptive"))
 
 
-def test_ctrl_c_says_one_line_exits_130_and_can_be_resumed(reference, launch, main, tmp_path):
-    process = launch(*RUNS["clip"].split(), "--run-dir", "run")
-    wait_for_row(process, tmp_path / "run" / "metrics.csv", 30)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    note, line = err.splitlines()
-    assert process.returncode == 130
-    assert note.startswith("note: --checkpoint-every") and "--resume" in line
-    assert main("--resume", "run").code == 0
-    same_bits(tmp_path / "run", reference("clip"))
-
-
 def stop_in_update(monkeypatch, number: int) -> None:
     """Ctrl-C in the middle of the `number`-th update from here."""
     real, calls = ppo.update, []
@@ -237,6 +225,25 @@ def stop_in_update(monkeypatch, number: int) -> None:
         return real(*args)
 
     monkeypatch.setattr(ppo, "update", update)
+
+
+def test_ctrl_c_says_one_line_exits_130_and_can_be_resumed(reference, launch, main, monkeypatch, tmp_path):
+    process = launch(*RUNS["clip"].split(), "--run-dir", "run")
+    wait_for_row(process, tmp_path / "run" / "metrics.csv", 30)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    note, line = err.splitlines()
+    assert process.returncode == 130
+    assert note.startswith("note: --checkpoint-every") and "--resume" in line
+    with monkeypatch.context() as patch:
+        stop_in_update(patch, 1)  # long enough to see that the CSVs are cut back to the checkpoint
+        assert main("--resume", "run").code == 130
+    last = rows(tmp_path / "run" / "metrics.csv")[-1]
+    assert int(last["update"]) == ppo.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["state"]["update"] >= 28
+    finished_by = [int(row["global_step"]) for row in rows(tmp_path / "run" / "episodes.csv")]
+    assert 0 < finished_by[-1] <= int(last["global_step"])
+    assert main("--resume", "run").code == 0
+    same_bits(tmp_path / "run", reference("clip"))
 
 
 @pytest.mark.parametrize("stops", [[20], [1, 1], [5, 29]])
@@ -520,13 +527,13 @@ def test_evaluate_writes_evaluation_json_and_says_one_line(finished, main, tmp_p
     results = {}
     for flags in ("", "--eval-episodes 6", "--eval-episodes 6 --sample-actions", "--eval-episodes 6 --sample-actions"):
         code, (line,), err = main("--evaluate", "run", *flags.split())
-        result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+        (result,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())
         how = "sampled" if "sample" in flags else "greedy"
         assert code == 0 and err == []
-        assert list(result) == ["actions", "eval_return_mean", "eval_return_std", "returns"]
+        assert list(result) == ["seed", "objective", "actions", "eval_return_mean", "eval_return_std", "returns"]
         assert result["actions"] == how and len(result["returns"]) == (6 if flags else 20)
         assert result["eval_return_mean"] == pytest.approx(sum(result["returns"]) / len(result["returns"]))
-        assert line.startswith("run: ") and how in line and f"{result['eval_return_mean']:.1f}" in line
+        assert line.startswith("run, seed ") and how in line and f"{result['eval_return_mean']:.1f}" in line
         assert results.setdefault(flags, result) == result  # the same question twice has one answer
     greedy, sampled = (results[f"--eval-episodes 6{how}"]["returns"] for how in ("", " --sample-actions"))
     assert greedy != sampled and greedy == results[""]["returns"][:6]
