@@ -7,7 +7,7 @@
 
 Runs live in runs/classic/. One that was interrupted goes on at its last checkpoint, a finished one is left alone, so
 the same command may be given again and again. The report is benchmark/results/classic/: runs.csv, curves.csv,
-summary.md and a picture per task; --walltime adds walltime.csv, and the next report its median.
+summary.md and a picture per task; --walltime adds walltime.csv and transcript.md, and the next report its median.
 """
 
 import json
@@ -62,12 +62,13 @@ def command(task: str, seed: int | str) -> list[str]:
     return f"ppo_cartpole.py {TASKS[task].flags} --seed {seed} --run-dir {folder(task, seed)}".split()
 
 
-def execute(arguments: list[str]) -> None:
-    """`python` with these arguments, at the root of the repository. Raises UserError where it fails."""
+def execute(arguments: list[str]) -> str:
+    """What `python` with these arguments prints at the root of the repository. Raises UserError where it fails."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2]
         raise UserError(f"python {' '.join(arguments)} ended with code {done.returncode}: {reason}")
+    return done.stdout
 
 
 def read_config(task: str, seed: int) -> dict:
@@ -118,18 +119,21 @@ def complete_all(tasks: list[str], jobs: int) -> None:
 
 
 def measure_walltime() -> None:
-    """walltime.csv: seconds of the default command's whole process, imports and evaluation included, one at a time."""
-    rows = []
+    """walltime.csv: seconds of the default command's whole process, imports and evaluation included, one at a time;
+    transcript.md: what each of them printed."""
+    rows, transcript = [], "# What the default command prints\n\n"
     for seed in tqdm(WALLTIME_SEEDS, unit=" runs", disable=None):
         path = ROOT / folder("walltime", seed)
         shutil.rmtree(path, ignore_errors=True)
         arguments = f"ppo_cartpole.py --seed {seed} --run-dir {folder('walltime', seed)}".split()
         start = time.perf_counter()
-        execute(arguments)
+        printed = execute(arguments)
         row = {"seed": seed, "seconds": time.perf_counter() - start, "command": f"python {' '.join(arguments)}"}
         rows.append(row | provenance(json.loads((path / "config.json").read_text())) | machine())
+        transcript += f"    $ {row['command']}\n    {printed}"
         shutil.rmtree(path)
     write_csv(RESULTS / "walltime.csv", rows)
+    (RESULTS / "transcript.md").write_text(transcript)
 
 
 # ---------------------------------------------------------------------------------------------------------- REPORT
