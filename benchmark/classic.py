@@ -174,8 +174,8 @@ def read_run(task: str, seed: int) -> tuple[dict, list[dict]]:
 
 def summarise(task: str, runs: list[dict]) -> dict:
     """A task's row of summary.md, from its rows of runs.csv."""
-    threshold, names = TASKS[task].threshold, ("last_100_return", "eval_return_mean", "wall_seconds")
-    last, evaluated, wall = (np.array([run[name] for run in runs]) for name in names)
+    threshold, names = TASKS[task].threshold, ("last_100_return", "eval_return_mean")
+    last, evaluated = (np.array([run[name] for run in runs]) for name in names)
     steps = [run["first_step_at_threshold"] or math.inf for run in runs]  # a seed that never got there is the slowest
     median = np.median(steps)
     return {
@@ -189,7 +189,6 @@ def summarise(task: str, runs: list[dict]) -> dict:
         "evaluation, mean": f"{evaluated.mean():.1f}",
         "evaluation, worst seed": f"{evaluated.min():.1f}",
         "steps to threshold, median": f"{median:,.0f}" if np.isfinite(median) else "never",
-        "wall seconds, median": f"{np.median(wall):.1f}",
     }
 
 
@@ -204,8 +203,8 @@ def describe(rows: list[dict]) -> str:
 
 NOTE = """
 A task's threshold is for the mean return of 100 consecutive training episodes. "Last 100" are the last ones of
-training, "evaluation" is greedy, on seeds that training never used. Wall seconds leave out imports and evaluation. CPU
-and cores are those of the machine that wrote this report.
+training, "evaluation" is greedy, on seeds that training never used. CPU and cores are those of the machine that wrote
+this report; runs may have shared it, so their wall_seconds in runs.csv are no measurement of speed.
 """
 
 

@@ -1,0 +1,66 @@
+"""Bring README.md up to date with the code and the results: `python benchmark/readme.py`.
+
+What stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is written here and nowhere else: the table of
+implementation details from the markers in the scripts, everything else from benchmark/results/. No number is typed.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("ppo_cartpole.py",)
+DETAILS = {  # the thirteen core details of Huang et al. (2022), and where each comes from
+    1: ("Vectorised environments: N actors, T steps each", "Algorithm 1"),
+    2: ("Orthogonal initialisation, zero biases; gains sqrt 2, 0.01 for the policy, 1 for the value", "baselines ppo2"),
+    3: ("Adam with epsilon 1e-5", "baselines ppo1, ppo2"),
+    4: ("Step size annealed linearly to 0", "baselines ppo2; the paper's Table 5"),
+    5: ("Generalized advantage estimation; value targets are advantage + value", "eqs. 11-12; Schulman et al. 2016"),
+    6: ("Minibatches of shuffled transitions, every one once per epoch", "Algorithm 1"),
+    7: ("Advantages standardised, by default within each minibatch", "baselines ppo2"),
+    8: ("Clipped surrogate objective", "eq. 7"),
+    9: ("Clipped value loss (off by default)", "baselines ppo1, ppo2"),
+    10: ("One loss: policy, value, entropy", "eq. 9"),
+    11: ("Gradient clipped by its global norm", "baselines ppo2"),
+    12: ("What to watch: KL, clip fraction, losses; means over the whole update", "Schulman, KL approximation"),
+    13: ("Separate networks for policy and value", "section 6.1"),
+}
+
+
+def details() -> str:
+    """The table of details: each row a place in a script where its marker stands."""
+    rows = ["| n | detail | where | from |", "|---|---|---|---|"]
+    for n, (what, source) in DETAILS.items():
+        for script in SCRIPTS:
+            for number, line in enumerate((ROOT / script).read_text().splitlines(), 1):
+                if f"[detail {n}]" in line:
+                    rows.append(f"| {n} | {what} | [{script}:{number}]({script}#L{number}) | {source} |")
+    return "\n".join(rows)
+
+
+def result(path: str) -> Callable[[], str]:
+    """A committed result, without its title; headings go down to where the README puts them."""
+    return lambda: re.sub(r"\A# .*\n+", "", (ROOT / "benchmark/results" / path).read_text()).strip()
+
+
+BLOCKS = {
+    "transcript": result("classic/transcript.md"),
+    "details": details,
+    "classic": result("classic/summary.md"),
+    "speed": result("speed/summary.md"),
+}
+
+
+def renew(text: str) -> str:
+    """README.md with every block written anew."""
+    for name, write in BLOCKS.items():
+        block = f"<!-- begin {name} -->\n{write()}\n<!-- end {name} -->"
+        text, found = re.subn(rf"<!-- begin {name} -->.*?<!-- end {name} -->", lambda _, b=block: b, text, flags=re.S)
+        if found != 1:
+            sys.exit(f"error: README.md must hold the block {name} once, not {found} times")
+    return text
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(renew((ROOT / "README.md").read_text()))
