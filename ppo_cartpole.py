@@ -13,12 +13,12 @@ Algorithm 1 is the loop in train(): N actors collect T steps each, advantages ar
 gradient steps follow. "[detail n]" marks core implementation detail n of Huang et al. (2022), "The 37 Implementation
 Details of Proximal Policy Optimization".
 
-    python ppo_cartpole.py                                   # solves CartPole-v1 in some ten seconds, then proves it
+    python ppo_cartpole.py                                   # solves CartPole-v1 in some ten seconds, then evaluates it
     python ppo_cartpole.py --objective adaptive:0.01         # the KL penalty of section 4 instead of the clip
-    python ppo_cartpole.py --env-id Acrobot-v1 --total-timesteps 500000
+    python ppo_cartpole.py --env-id Acrobot-v1 --num-steps 256 --learning-rate 0.001 --total-timesteps 500000
     python ppo_cartpole.py --evaluate RUN_DIR --capture-video
 
-Any Gymnasium environment with a Discrete action space and a flat Box observation works, your own too:
+Any Gymnasium environment with Discrete actions and a one-dimensional Box observation works, your own too:
 --env-id my_module:MyEnv-v0. The run folder under runs/ holds config.json, metrics.csv, episodes.csv, checkpoint.pt and
 summary.json. Expect a return of 500, the maximum, on CartPole.
 """
@@ -36,6 +36,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +59,7 @@ class Args:
 
     # What is learned
     env_id: str = "CartPole-v1"
-    """Gymnasium id: Discrete actions, flat Box observations; module:Name-v0 imports the module first"""
+    """Gymnasium id (Discrete actions, one-dimensional Box observations); module:Name-v0 imports module first"""
     objective: str = "clip:0.2"
     """clip:EPS (eq. 7), kl:BETA (eq. 8, fixed beta), adaptive:D_TARG (section 4), none (L^CPI, eq. 6) or pg (eq. 2)"""
     seed: int = 1
@@ -66,7 +67,7 @@ class Args:
 
     # How much data
     total_timesteps: int = 100_000
-    """environment steps in all, rounded up to whole updates"""
+    """environment steps in all, reset steps included, rounded up to whole updates"""
     num_envs: int = 32
     """parallel actors (N)"""
     num_steps: int = 64
@@ -90,13 +91,13 @@ class Args:
     anneal_lr: bool = True
     """decay the step size linearly to 0 over the run"""
     vf_coef: float = 0.5
-    """weight of the value loss (V - V_targ)^2 (c1, eq. 9); no factor 1/2 hides in the loss"""
+    """weight of the value loss (V - V_targ)^2 (c1, eq. 9); the loss has no factor 1/2"""
     ent_coef: float = 0.0
     """weight of the entropy bonus (c2, eq. 9)"""
     value_clip: float | None = None
-    """keep V within this distance of the old V in the value loss; None does not clip"""
+    """clip V to this distance from the old V and take the larger of both squared errors; None: plain squared error"""
     max_grad_norm: float = 0.5
-    """largest global norm of the gradient; inf does not clip"""
+    """scale the gradient down to at most this global norm; inf never does"""
     target_kl: float | None = None
     """end an update after the first epoch whose mean approx_kl exceeds this; None never does"""
 
@@ -104,13 +105,13 @@ class Args:
     device: str = "cpu"
     """cpu or cuda; networks this small are faster on the CPU"""
     compile: bool = False
-    """compile the gradient step: half the time per step, some ten seconds at the start; needs a C++ compiler"""
+    """torch.compile the gradient: half the time for each, after some ten seconds of compiling; needs a C++ compiler"""
     run_dir: str | None = None
     """folder of this run; None makes one under runs/"""
     checkpoint_every: int = 0
-    """updates between checkpoints; each cuts the episodes in flight, so 0 leaves 50 of the longest ones between two"""
+    """updates between checkpoints; each abandons unfinished episodes, so 0 spaces them by 50 episodes of full length"""
     resume: str | None = None
-    """go on with the run in this folder; stands alone, every other flag comes from its config.json"""
+    """continue the run in this folder; no other flag may be given, all come from its config.json"""
     track: bool = False
     """mirror the run to Weights & Biases (WANDB_MODE=offline works)"""
     wandb_project: str = "ppo"
@@ -118,7 +119,7 @@ class Args:
 
     # Evaluation: at the end of every run, or of a finished one with --evaluate
     evaluate: str | None = None
-    """evaluate the run in this folder instead of training; takes only the three flags below beside it"""
+    """evaluate the run in this folder instead of training; only the three flags below may go with it"""
     eval_episodes: int = 20
     """evaluation episodes, on seeds that training never used"""
     sample_actions: bool = False
@@ -166,7 +167,7 @@ class Args:
             )
         if self.batch_size > 10**8:
             raise UserError(f"a batch of {self.batch_size} steps is too large; lower --num-envs or --num-steps")
-        if self.batch_size // self.num_minibatches < 4:
+        if self.num_envs * (self.num_steps // 2) < 2 * self.num_minibatches:  # every second row may be a reset
             raise UserError("a minibatch must hold at least 4 steps; raise --num-steps or lower --num-minibatches")
         if self.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
             raise UserError("--compile needs a C++ compiler such as g++; leave the flag out")
@@ -177,32 +178,38 @@ class Args:
 
 
 class Objective(NamedTuple):
-    """One row of the paper's Table 1, as --objective names it."""
+    """The policy part of eq. 9, as --objective names it: eq. 2, 6, 7 or 8."""
 
-    log: bool = False  # eq. 2 instead of the ratio
-    epsilon: float = math.inf  # clip range; inf does not clip
-    beta: float = 0.0  # weight of KL[old, new]; where the adaptive one starts
-    kl_target: float | None = None  # d_targ
+    log_prob: bool = False  # eq. 2: log pi in place of the ratio r
+    epsilon: float = math.inf  # clip range of eq. 7; inf does not clip
+    beta: float = 0.0  # weight of KL[old, new] in eq. 8; for adaptive, its first value
+    kl_target: float | None = None  # d_targ of the adaptive penalty
 
     def adapt(self, beta: float, kl: float) -> float:
         """Section 4, once per update: double beta where KL[old, new] came out too large, halve it where too small."""
         if self.kl_target is None:
             return beta
-        return beta * 2 if kl > self.kl_target * 1.5 else beta / 2 if kl < self.kl_target / 1.5 else beta
+        if kl > 1.5 * self.kl_target:
+            return 2 * beta
+        return beta / 2 if kl < self.kl_target / 1.5 else beta
 
 
 def parse_objective(text: str) -> Objective:
     """clip:0.2, kl:1, adaptive:0.01, none or pg -> Objective. Raises UserError for anything else."""
-    kind, _, number = text.partition(":")
     if text in ("pg", "none"):
-        return Objective(log=text == "pg")
-    with contextlib.suppress(ValueError):
-        if kind in ("clip", "kl", "adaptive") and 0 < (value := float(number)) < math.inf:
-            return {
-                "clip": Objective(epsilon=value),
-                "kl": Objective(beta=value),
-                "adaptive": Objective(beta=1.0, kl_target=value),
-            }[kind]
+        return Objective(log_prob=text == "pg")
+    kind, _, number = text.partition(":")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if 0 < value < math.inf:
+        if kind == "clip":
+            return Objective(epsilon=value)
+        if kind == "kl":
+            return Objective(beta=value)
+        if kind == "adaptive":
+            return Objective(beta=1.0, kl_target=value)
     raise UserError(f"{text!r} is no objective: clip:EPS, kl:BETA, adaptive:D_TARG with a positive number, none or pg")
 
 
@@ -215,9 +222,9 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
     except Exception as reason:  # an environment's constructor may raise anything
         raise UserError(f"cannot make the environment {env_id!r}: {reason}") from reason
     if not isinstance(envs.single_action_space, gym.spaces.Discrete):
-        raise UserError(f"{env_id} takes {envs.single_action_space} actions, this script only Discrete ones")
+        raise UserError(f"{env_id} takes {envs.single_action_space} actions; this script handles only Discrete ones")
     if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
-        raise UserError(f"{env_id} observes {envs.single_observation_space}, this script only flat Box vectors")
+        raise UserError(f"{env_id} observes {envs.single_observation_space}; this script handles only Box vectors")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"{env_id} does not reset itself on the step after an episode's end, as this script expects")
     return envs
@@ -226,8 +233,8 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
 def start_actors(args: Args, update: int) -> SimpleNamespace:
     """The N actors of Algorithm 1 in new environments, at the start of new episodes."""
     envs, seed = make_envs(args.env_id, args.num_envs), stream(args.seed, "environments", update)
-    ended, returns, lengths = np.zeros((3, args.num_envs))  # did the last step end an episode; its return, its length
-    return SimpleNamespace(envs=envs, obs=envs.reset(seed=seed)[0], ended=ended > 0, returns=returns, lengths=lengths)
+    no_end, zeros = np.zeros(args.num_envs, bool), np.zeros(args.num_envs)  # returns and lengths: of the episode so far
+    return SimpleNamespace(envs=envs, obs=envs.reset(seed=seed)[0], ended=no_end, returns=zeros, lengths=zeros.copy())
 
 
 # ----------------------------------------------------------------------------------------------------------- AGENT
@@ -260,9 +267,10 @@ def gae(rewards: Tensor, values: Tensor, terminated: Tensor, truncated: Tensor, 
     """Generalized advantage estimation, eqs. 11-12.  [detail 5]
 
     rewards, terminated, truncated: [T, N]; values: [T+1, N]. Returns advantages [T, N].
-    values[t+1] is V of what step t led to, at an episode's end too: next-step autoreset shows the final observation
-    once more before the reset. So a truncated episode is bootstrapped from where it stopped, a terminated one with 0.
-    The row of the reset is no transition: nothing flows from it. (The last exponent printed in eq. 11 should be T-t-1.)
+    values[t+1] is V of the state that step t led to, at an episode's end too: next-step autoreset returns the final
+    observation and resets one step later. So a truncated episode is bootstrapped with V of its final state, a
+    terminated one with 0. The reset step is no transition: the caller drops its advantage, which no other row uses.
+    (The exponents T-t+1 in eqs. 10 and 11 should be T-t-1.)
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # eq. 12
     decay = gamma * lam * ~(terminated | truncated)
@@ -282,9 +290,9 @@ def categorical_kl(old: Tensor, new: Tensor) -> Tensor:
 
 
 def ppo_loss(log_probs: Tensor, values: Tensor, batch: Batch, objective: Objective, beta, args: Args) -> tuple:
-    """Eq. 9 with its sign turned, to be minimised, and a dict of means worth logging.  [detail 12]
+    """The negative of eq. 9, to be minimised, and a dict of metrics, each a mean over the batch.  [detail 12]
 
-    log_probs [B, A] and values [B] come from the weights being optimised, batch from those that collected it:
+    log_probs [B, A] and values [B] come from the weights being optimised. batch holds what the rollout recorded:
     actions [B], log_probs [B, A], values [B], advantages [B], returns [B] (V_targ). beta: float or scalar tensor.
     """
     actions, advantages = batch["actions"].unsqueeze(-1), batch["advantages"]
@@ -293,7 +301,7 @@ def ppo_loss(log_probs: Tensor, values: Tensor, batch: Batch, objective: Objecti
     ratio = log_ratio.exp()  # r of eqs. 6-8
     kl, entropy = categorical_kl(batch["log_probs"], log_probs), -(log_probs.exp() * log_probs).sum(-1).mean()
 
-    if objective.log:
+    if objective.log_prob:
         surrogate = log_prob * advantages  # eq. 2
     else:
         clipped = ratio.clamp(1 - objective.epsilon, 1 + objective.epsilon)
@@ -303,25 +311,26 @@ def ppo_loss(log_probs: Tensor, values: Tensor, batch: Batch, objective: Objecti
     policy_loss = -surrogate.mean()
 
     value_loss = (values - batch["returns"]).square()
-    if args.value_clip is not None:  # the larger of two errors  [detail 9]
+    if args.value_clip is not None:  # the larger of two squared errors  [detail 9]
         near = batch["values"] + (values - batch["values"]).clamp(-args.value_clip, args.value_clip)
         value_loss = torch.max(value_loss, (near - batch["returns"]).square())
     value_loss = value_loss.mean()
 
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # eq. 9  [detail 10]
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "kl": kl.mean()}
-    metrics |= {"approx_kl": (ratio - 1 - log_ratio).mean(), "old_approx_kl": -log_ratio.mean()}  # k3 and k1 of
-    metrics["clipfrac"] = ((ratio - 1).abs() > objective.epsilon).float().mean()  # joschu.net/blog/kl-approx.html
+    # KL[old, new] estimated from the actions taken: k3 and k1 of joschu.net/blog/kl-approx.html
+    metrics |= {"approx_kl": (ratio - 1 - log_ratio).mean(), "old_approx_kl": -log_ratio.mean()}
+    metrics["clipfrac"] = ((ratio - 1).abs() > objective.epsilon).float().mean()
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 @torch.no_grad()
 def collect(agent: Agent, actors: SimpleNamespace, num_steps: int, rng: torch.Generator, seconds: dict) -> tuple:
-    """Every actor takes `num_steps` steps. Returns the rollout: obs [T+1, N, D], values [T+1, N], log_probs [T, N, A],
-    and [T, N] each: actions, rewards, terminated, truncated, valid (False in autoreset rows); and (row, return, length)
-    of every episode that ended, rows counted over all actors. Adds to `seconds` where the time went."""
+    """Every actor takes `num_steps` steps; the time they take is added to `seconds`. Returns (rollout, episodes).
+    rollout: obs [T+1, N, D], values [T+1, N], log_probs [T, N, A]; actions, rewards, terminated, truncated and valid,
+    [T, N] each; valid is False in reset steps. episodes: (t * N + i, return, length) of each that ended at step t."""
     envs, space, device = actors.envs, actors.envs.single_action_space, next(agent.parameters()).device
-    shape = num_steps, n = num_steps, envs.num_envs
+    shape = (num_steps, envs.num_envs)
     obs = np.empty((num_steps + 1, *actors.obs.shape), np.float32)
     actions, rewards = np.empty(shape, np.int64), np.empty(shape, np.float32)
     terminated, truncated, valid = np.empty((3, *shape), bool)
@@ -330,7 +339,7 @@ def collect(agent: Agent, actors: SimpleNamespace, num_steps: int, rng: torch.Ge
     episodes = []
     for t in range(num_steps):
         obs[t], valid[t], start = actors.obs, ~actors.ended, time.perf_counter()  # the step after an end only resets
-        # the actor alone: the weights rest during a rollout, so all else is computed at once, below
+        # sampling needs the actor alone; values and log_probs of the whole rollout are computed in one pass below
         actions[t] = (agent.actor(torch.from_numpy(obs[t]).to(device)).cpu().numpy() + gumbel[t]).argmax(-1)
         between = time.perf_counter()
         actors.obs, rewards[t], terminated[t], truncated[t], _ = envs.step(actions[t] + space.start)
@@ -340,7 +349,7 @@ def collect(agent: Agent, actors: SimpleNamespace, num_steps: int, rng: torch.Ge
         actors.returns, actors.lengths = actors.returns + rewards[t], actors.lengths + valid[t]
         actors.ended = terminated[t] | truncated[t]
         for i in actors.ended.nonzero()[0]:
-            episodes.append((int(t * n + i), float(actors.returns[i]), int(actors.lengths[i])))
+            episodes.append((int(t * envs.num_envs + i), float(actors.returns[i]), int(actors.lengths[i])))
             actors.returns[i] = actors.lengths[i] = 0
     obs[num_steps] = actors.obs
     rollout = {"obs": obs, "actions": actions, "rewards": rewards, "terminated": terminated, "truncated": truncated}
@@ -355,7 +364,7 @@ def gradient(agent: Agent, parameters: list, minibatch: Batch, objective: Object
         minibatch = minibatch | {"advantages": standardise(minibatch["advantages"])}
     loss, metrics = ppo_loss(*agent(minibatch["obs"]), minibatch, objective, beta, args)
     for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = grad  # loss.backward(), in words that torch.compile understands
+        parameter.grad = grad  # in place of loss.backward(), which torch.compile cannot trace
     return metrics | {"grad_norm": nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)}  # [detail 11]
 
 
@@ -366,10 +375,9 @@ def update(agent, optimizer, batch: Batch, objective, beta: float, args: Args, r
         batch = batch | {"advantages": standardise(batch["advantages"])}
     history, parameters, beta = [], list(agent.parameters()), torch.tensor(beta)
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch["obs"]), generator=rng).to(batch["obs"].device)
-        shuffled = {name: x[order].tensor_split(args.num_minibatches) for name, x in batch.items()}
-        for parts in zip(*shuffled.values(), strict=True):  # every transition once per epoch  [detail 6]
-            minibatch = dict(zip(shuffled, parts, strict=True))
+        rows = torch.randperm(len(batch["obs"]), generator=rng).to(batch["obs"].device)
+        for part in rows.tensor_split(args.num_minibatches):  # every transition once per epoch  [detail 6]
+            minibatch = {name: x[part] for name, x in batch.items()}
             history.append(gradient(agent, parameters, minibatch, objective, beta, args))
             optimizer.step()
         epoch_kl = torch.stack([metrics["approx_kl"] for metrics in history[-args.num_minibatches :]]).mean()
@@ -383,16 +391,15 @@ def update(agent, optimizer, batch: Batch, objective, beta: float, args: Args, r
 
 # -------------------------------------------------------------------------------------------------------- TRAINING
 def train(args: Args) -> tuple[Agent, list[dict]]:
-    """Algorithm 1 and the closing evaluation. Returns the agent and what summary.json holds. Raises UserError before
-    anything is written, NonFiniteError where a number stops being one."""
+    """Algorithm 1, then the evaluation. Returns the agent and the rows of summary.json. Raises UserError for bad input
+    and NonFiniteError where a number becomes NaN or infinite."""
     args, saved = load_run(Args, args.resume) if args.resume is not None else (replace(args), None)
     args.check()
-    torch.set_num_threads(1)  # so small a network loses more to the threads' meeting than it gains
-    torch._dynamo.config.trace_autograd_ops = True  # lets torch.compile see through torch.autograd.grad
-    step = torch.compile(gradient, dynamic=True) if args.compile else gradient
+    torch.set_num_threads(1)  # for networks this small, synchronising threads costs more than it saves
+    gradient_fn = compiled(gradient) if args.compile else gradient
     objective = parse_objective(args.objective)
     state = {"update": 0, "global_step": 0, "beta": objective.beta, "transitions": [0], "diverged_at": [None]}
-    state = saved["state"] if saved else state
+    state = saved["state"] if saved else state  # its lists have one entry per agent, and here there is one
     actors = start_actors(args, state["update"])
 
     torch.manual_seed(stream(args.seed, "weights"))
@@ -420,11 +427,11 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
         lr = args.learning_rate * (1 - state["update"] / args.num_updates if args.anneal_lr else 1)  # [detail 4]
         optimizer.param_groups[0]["lr"] = lr
         with run.timed("update"):
-            metrics = update(agent, optimizer, batch, objective, state["beta"], args, rng["minibatches"], step)
+            metrics = update(agent, optimizer, batch, objective, state["beta"], args, rng["minibatches"], gradient_fn)
         check_finite(metrics | {"weights": nn.utils.parameters_to_vector(agent.parameters())}, state["update"] + 1)
 
         # LOG
-        run.episodes(state["global_step"], episodes)
+        run.record(state["global_step"], episodes)
         state["update"] += 1
         state["global_step"] += args.batch_size
         state["transitions"][0] += len(batch["obs"])
@@ -434,15 +441,15 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
         state["beta"] = objective.adapt(state["beta"], metrics["kl_after_update"])
         if state["update"] % args.checkpoint_every == 0 or state["update"] == args.num_updates:
             run.save(state, dims=dims, agent=agent, optimizer=optimizer, **rng)
-            actors.envs.close()  # the clean cut: every run makes it, resumed or not
+            actors.envs.close()  # environments cannot be saved: every run, resumed or not, starts new episodes here
             actors = start_actors(args, state["update"])
     actors.envs.close()
     return agent, run.finish(state, evaluate(agent, args, run.path))
 
 
 def evaluate(agent: Agent, args: Args, run_path: Path) -> list[list[float]]:
-    """Returns [1, E] of E = args.eval_episodes episodes on seeds that training never used, with the most probable
-    actions or, for args.sample_actions, sampled ones. Raises UserError where rendering does not work."""
+    """Plays E = args.eval_episodes episodes, on seeds that training never used, and gives their returns as [1, E].
+    Greedy actions, or sampled ones with args.sample_actions. Raises UserError where rendering does not work."""
     seed, returns = 2**30 + stream(args.seed, "evaluation"), [0.0] * args.eval_episodes
     rng = torch.Generator().manual_seed(seed)
     with open_env(args.env_id, args.capture_video, run_path / "videos") as env, torch.no_grad():
@@ -462,6 +469,9 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[list[float]]:
 # The same text in every script of this repository: run folder, logging, checkpoint and resume, seeding, errors.
 
 
+CLOCKS = ("environment", "policy", "update")
+
+
 class UserError(Exception):
     """Something the user can mend: main() prints it as one line and exits with code 2."""
 
@@ -474,7 +484,7 @@ def check_finite(named: dict, update: int) -> None:
     """Raises NonFiniteError, with the name and the update, unless every number in `named` is finite."""
     for name, x in named.items():
         if not torch.isfinite(torch.as_tensor(x)).all():
-            raise NonFiniteError(f"{name} not finite in update {update}; the run stopped, its last checkpoint is good")
+            raise NonFiniteError(f"{name} not finite in update {update}; the run stopped; any checkpoint is older")
 
 
 def stream(seed: int, name: str, index: int = 0) -> int:
@@ -482,6 +492,12 @@ def stream(seed: int, name: str, index: int = 0) -> int:
     up to 2^20 environments can count on from it and evaluation, from 2^30 on, meets none of their seeds."""
     key = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
     return int.from_bytes(key[:8], "little") % (2**30 - 2**20)
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile, with the switch that lets it trace torch.autograd.grad; not part of PyTorch's stable interface."""
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(function, dynamic=True)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -503,7 +519,7 @@ def load_checkpoint(path: Path) -> dict:
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise UserError(f"{path} is truncated or damaged; restore it from a copy or start the run again")
     try:
-        saved = torch.load(io.BytesIO(data[:-32]), weights_only=True)
+        saved = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         script, *_ = (saved[name] for name in ("script", "args", "state", "seconds", "recent", "lengths"))
     except Exception as reason:  # whatever the unpickler meets in a file of unknown origin
         raise UserError(f"{path} is not a checkpoint of this repository") from reason
@@ -518,7 +534,7 @@ def restore(saved: dict | None, **parts) -> None:
         part.set_state(saved[name]) if isinstance(part, torch.Generator) else part.load_state_dict(saved[name])
 
 
-def load_run(cls: type, run_dir: str) -> tuple["Args", dict | None]:
+def load_run(cls: type, run_dir: str) -> tuple[Args, dict | None]:
     """The flags of a run folder and its checkpoint, None where none has been written yet. Raises UserError."""
     path = Path(run_dir)
     try:
@@ -542,12 +558,12 @@ class Run:
     longest: steps of the longest episode; saved: the checkpoint to go on from.
     """
 
-    def __init__(self, args: "Args", task: dict, longest: int, saved: dict | None):
+    def __init__(self, args: Args, task: dict, longest: int, saved: dict | None):
         self.task, self.agents, (self.title,) = task, args.agents, task.values()
         safest = math.ceil(50 * longest / args.num_steps)
         args.checkpoint_every = args.checkpoint_every or safest
         self.recent = saved["recent"] if saved else [[] for _ in self.agents]  # of the last 100 episodes
-        clocks = ("wall", "first", "environment", "policy", "update")  # first: the first update, with any compilation
+        clocks = ("wall", "first", *CLOCKS)  # first: up to the end of the first update, with any compilation
         self.seconds = saved["seconds"] if saved else dict.fromkeys(clocks, 0.0)
         self.started = time.perf_counter() - self.seconds["wall"]
 
@@ -592,7 +608,8 @@ class Run:
             commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
         except OSError:  # no git on this machine
             commit = None
-        versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "envpool", "tyro")}
+        used = [name for name in ("torch", "numpy", "gymnasium", "envpool", "tyro") if name in sys.modules]
+        versions = {name: version(name) for name in used}
         versions["python"], now = sys.version.split()[0], datetime.datetime.now().isoformat(timespec="seconds")
         script = Path(__file__).stem
         return {"script": script, "args": self.config, "versions": versions, "git_commit": commit, "started": now}
@@ -614,7 +631,7 @@ class Run:
         yield
         self.seconds[name] += time.perf_counter() - start
 
-    def episodes(self, global_step: int, episodes: list[tuple[int, float, int]], agent: int = 0) -> None:
+    def record(self, global_step: int, episodes: list[tuple[int, float, int]], agent: int = 0) -> None:
         """Take (rows after global_step, return, length) of each finished episode into episodes.csv and the means."""
         if self.files["episodes.csv"].tell() == 0:
             self.writers["episodes.csv"].writerow(["global_step", *self.agents[agent], "return", "length"])
@@ -623,7 +640,7 @@ class Run:
         self.recent[agent] = (self.recent[agent] + [[ret, length] for _, ret, length in episodes])[-100:]
 
     def log(self, state: dict, charts: list[dict], losses: list[dict]) -> None:
-        """One row per agent in metrics.csv, its names made complete; None, or a mean over no episode, is left empty."""
+        """One row per agent in metrics.csv; None, and a mean over no episode, are left empty."""
         self.seconds["wall"] = time.perf_counter() - self.started
         self.seconds["first"] = self.seconds["first"] or self.seconds["wall"]
         for i, agent in enumerate(self.agents):
@@ -668,7 +685,7 @@ class Run:
         timed = state["global_step"] * (1 - 1 / state["update"]), wall - self.seconds["first"]
         for i, (agent, recent, evaluated) in enumerate(zip(self.agents, self.recent, returns, strict=True)):
             row = self.task | agent | {"total_timesteps": state["global_step"], "transitions": state["transitions"][i]}
-            row |= {"wall_seconds": wall, "seconds": dict(list(self.seconds.items())[2:])}
+            row |= {"wall_seconds": wall, "seconds": {name: self.seconds[name] for name in CLOCKS}}
             row |= {"sps": timed[0] / timed[1] if timed[1] > 0 else state["global_step"] / wall}
             row |= {"last_100_return": np.mean([ret for ret, _ in recent]).item() if recent else None}
             row |= {"eval_return_mean": np.mean(evaluated).item(), "eval_return_std": np.std(evaluated).item()}
@@ -706,7 +723,7 @@ def open_env(env_id: str, render: bool, videos: Path | None = None) -> gym.Env:
     return env
 
 
-def parse_args(cls: type, argv: list[str]) -> "Args":
+def parse_args(cls: type, argv: list[str]) -> Args:
     """The command line as an object of `cls`. Raises UserError, with what tyro says on it, in one line."""
     told = io.StringIO()
     try:
@@ -728,7 +745,7 @@ def parse_args(cls: type, argv: list[str]) -> "Args":
 
 
 # -------------------------------------------------------------------------------------------------------- COMMANDS
-def load_agent(run_dir: str) -> tuple["Agent", "Args"]:
+def load_agent(run_dir: str) -> tuple["Agent", Args]:
     """The trained agent of a run folder, on the CPU, and its flags. Raises UserError where there is no checkpoint."""
     args, saved = load_run(Args, run_dir)
     if saved is None:
@@ -757,7 +774,7 @@ def evaluate_run(args: Args) -> None:
 
 
 def main() -> None:
-    """The only place that exits the process: 0 done, 2 bad input, 3 a number not finite, 130 interrupted."""
+    """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
     try:
         args = parse_args(Args, sys.argv[1:])
         train(args) if args.evaluate is None else evaluate_run(args)

@@ -291,8 +291,7 @@ def test_entropy_bonus_gradient_clip_and_kl_penalty_each_do_what_their_name_says
 def test_a_compiled_gradient_is_the_eager_one():
     agent, batch = random_batch(64)
     parameters = list(agent.parameters())
-    torch._dynamo.config.trace_autograd_ops = True
-    compiled = torch.compile(ppo.gradient, dynamic=True)
+    compiled = ppo.compiled(ppo.gradient)
     for rows, objective in ((64, Objective(epsilon=0.2)), (61, Objective(epsilon=0.2)), (61, Objective(beta=2.0))):
         part = {name: x[:rows] for name, x in batch.items()}
         results = []
