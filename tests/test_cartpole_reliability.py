@@ -471,8 +471,8 @@ def test_everything_a_run_leaves(objective, main, monkeypatch, tmp_path):
     config = json.loads((run / "config.json").read_text())
     assert config["script"] == "ppo_cartpole"
     assert config["args"] == asdict(ppo.Args(**flags)) | {"checkpoint_every": 50 * 500 // 32 + 1}
-    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "envpool", "tyro")}
-    assert config["versions"] == versions | {"python": platform.python_version()}
+    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "tyro")}
+    assert config["versions"].items() >= (versions | {"python": platform.python_version()}).items()
     git = ["git", "-C", SCRIPT.parent, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     assert (config["git_commit"] or "").removesuffix("-dirty") == commit
