@@ -570,7 +570,7 @@ class Run:
         script, seeds = Path(__file__).stem, "-".join(dict.fromkeys(str(agent["seed"]) for agent in self.agents))
         stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
         self.path = Path(args.run_dir or "runs/" + re.sub(r"[/:]", "-", f"{self.title}__{script}__{seeds}__{stamp}"))
-        self.config = asdict(args) | {"run_dir": None, "resume": None}
+        self.config = json.loads(json.dumps(asdict(args) | {"run_dir": None, "resume": None}))  # as it is read back
         if args.track:
             import wandb  # a second of start-up that only --track pays
 
