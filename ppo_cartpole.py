@@ -647,7 +647,7 @@ class Run:
             returns, lengths = zip(*self.recent[i], strict=True) if self.recent[i] else ((), ())
             row = {"charts/episodic_return": np.mean(returns).item() if returns else None}
             row["charts/episodic_length"] = np.mean(lengths).item() if lengths else None
-            row["charts/SPS"] = state["global_step"] / self.seconds["wall"]
+            row["charts/SPS"] = state["global_step"] * len(self.agents) / self.seconds["wall"]
             row |= charts[i] | {f"losses/{name}": value for name, value in losses[i].items()}
             where = {"update": state["update"], "global_step": state["global_step"]} | agent
             if self.files["metrics.csv"].tell() == 0:
@@ -682,11 +682,12 @@ class Run:
         """Write summary.json from the evaluation's returns, one list per agent, and say how each agent did."""
         self.bar.close()
         rows, wall = [], self.seconds["wall"]
-        timed = state["global_step"] * (1 - 1 / state["update"]), wall - self.seconds["first"]
+        steps = state["global_step"] * len(self.agents)
+        timed = steps * (1 - 1 / state["update"]), wall - self.seconds["first"]
         for i, (agent, recent, evaluated) in enumerate(zip(self.agents, self.recent, returns, strict=True)):
             row = self.task | agent | {"total_timesteps": state["global_step"], "transitions": state["transitions"][i]}
             row |= {"wall_seconds": wall, "seconds": {name: self.seconds[name] for name in CLOCKS}}
-            row |= {"sps": timed[0] / timed[1] if timed[1] > 0 else state["global_step"] / wall}
+            row |= {"sps": timed[0] / timed[1] if timed[1] > 0 else steps / wall}
             row |= {"last_100_return": np.mean([ret for ret, _ in recent]).item() if recent else None}
             row |= {"eval_return_mean": np.mean(evaluated).item(), "eval_return_std": np.std(evaluated).item()}
             rows.append(row | {"eval_episodes": len(evaluated), "diverged_at": state["diverged_at"][i]})
