@@ -322,9 +322,9 @@ def act(weights: Batch, obs: Tensor) -> Tensor:
     return obs
 
 
-def merge(stats: Batch, x: Tensor, valid: Tensor) -> Batch:
+def merge(stats: Batch, x: Tensor, valid: Tensor, alive: Tensor) -> Batch:
     """Running count [A, 1], mean and var [A, D] of each agent after the valid rows of x [A, B, D] (Chan, Golub, LeVeque
-    1983). An agent that met anything non-finite keeps what it had."""
+    1983). An agent that is not alive [A] keeps what it had."""
     weight, x = valid.double().unsqueeze(-1), x.double()
     n = weight.sum(1)
     mean = (x * weight).sum(1) / n
@@ -332,8 +332,7 @@ def merge(stats: Batch, x: Tensor, valid: Tensor) -> Batch:
     total, shift = stats["count"] + n, mean - stats["mean"]
     squares = stats["var"] * stats["count"] + var * n + shift.square() * stats["count"] * n / total
     merged = {"count": total, "mean": stats["mean"] + shift * n / total, "var": squares / total}
-    fine = squares.isfinite().all(-1, keepdim=True)
-    return {name: torch.where(fine, merged[name], stats[name]) for name in stats}
+    return {name: torch.where(alive.unsqueeze(-1), merged[name], stats[name]) for name in stats}
 
 
 def standardised(obs: Tensor, stats: Batch, clip: float) -> Tensor:
@@ -510,14 +509,14 @@ def collect(weights: Batch, stats: Batch, actors: SimpleNamespace, noise: Tensor
     return {name: torch.from_numpy(x) for name, x in (rollout | {"valid": valid}).items()}, episodes
 
 
-def scaled_rewards(rollout: Batch, stats: Batch, running: Tensor, gamma: float) -> tuple[Tensor, Batch, Tensor]:
+def scaled_rewards(rollout: Batch, stats: Batch, running: Tensor, alive: Tensor, gamma: float) -> tuple:
     """Rewards [T, A, N] over the running deviation of the discounted return, clipped to +-10. running [A, N]: that
     return so far. Returns the scaled rewards, the new statistics and what is running at the end."""
     sums = torch.empty_like(rollout["rewards"])
     for t, reward in enumerate(rollout["rewards"]):
         sums[t] = running = running * gamma + reward
         running = running * ~(rollout["terminated"][t] | rollout["truncated"][t])
-    stats = merge(stats, by_agent(sums).unsqueeze(-1), by_agent(rollout["valid"]))
+    stats = merge(stats, by_agent(sums).unsqueeze(-1), by_agent(rollout["valid"]), alive)
     return (rollout["rewards"] / (stats["var"] + 1e-8).sqrt().float()).clamp(-10, 10), stats, running
 
 
@@ -551,6 +550,7 @@ def train(args: Args) -> tuple[dict, list[dict]]:
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         print("note: no C++ compiler on this machine, so updates run eagerly, several times slower", file=sys.stderr)
         args.compile = False
+    torch.set_num_threads(1)  # here and in rollouts: bits depend on it, and EnvPool needs the other cores
     agents, objectives = args.agents, [parse_objective(agent["objective"]) for agent in args.agents]
     state = {"update": 0, "global_step": 0, "beta": [objective.beta for objective in objectives]}
     state |= {"transitions": [0] * len(agents), "diverged_at": [None] * len(agents)}
@@ -575,7 +575,7 @@ def train(args: Args) -> tuple[dict, list[dict]]:
     threads = (os.cpu_count() or 1) if len(agents) >= 4 else 1  # one agent's steps are too small to share
     while state["update"] < args.num_updates:
         # ROLLOUT
-        torch.set_num_threads(1)  # EnvPool needs the other cores
+        torch.set_num_threads(1)
         shape = (args.num_steps, args.num_envs, dims[1])
         noise = {seed: torch.randn(shape, generator=rng[f"actions {seed}"]) for seed in args.seeds}
         noise = torch.stack([noise[agent["seed"]] for agent in agents], 1)
@@ -586,9 +586,11 @@ def train(args: Args) -> tuple[dict, list[dict]]:
         torch.set_num_threads(threads)
         started, valid = time.perf_counter(), by_agent(rollout["valid"])
         finite = {name: by_agent(rollout[name]).flatten(1).isfinite().all(1) for name in ("obs", "rewards")}
-        stats["obs"] = merge(stats["obs"], by_agent(rollout["obs"][:-1]), valid)
+        rollout |= {name: rollout[name].nan_to_num(0.0, 0.0, 0.0) for name in finite}  # no NaN in anybody's kernels
+        alive = learners["alive"].cpu() & finite["obs"] & finite["rewards"]
+        stats["obs"] = merge(stats["obs"], by_agent(rollout["obs"][:-1]), valid, alive)
         if args.scale_rewards:
-            scaled = scaled_rewards(rollout, stats["returns"], running, args.gamma)
+            scaled = scaled_rewards(rollout, stats["returns"], running, alive, args.gamma)
             rollout["rewards"], stats["returns"], running = scaled
         seen = standardised(by_agent(rollout["obs"]), stats["obs"], args.obs_clip).to(args.device)
         mean, log_std, values = look(learners["weights"], (seen,))  # under the new statistics, as the update sees it
@@ -609,7 +611,7 @@ def train(args: Args) -> tuple[dict, list[dict]]:
                                    for _ in range(args.update_epochs)]) for seed in args.seeds}  # fmt: skip
         orders = torch.stack([rows[agent["seed"]] for agent in agents]).to(args.device)
         knobs = {name: torch.tensor(x, device=args.device) for name, x in (fixed | {"beta": state["beta"]}).items()}
-        learners["alive"] = learners["alive"] & (finite["obs"] & finite["rewards"]).to(args.device)
+        learners["alive"] = alive.to(args.device)
         learners = update(step, learners, batch, knobs, orders, lr, args)
         mean, log_std, _ = look(learners["weights"], (batch["obs"],))
         kl = torch.vmap(average)(gaussian_kl(batch["mean"], batch["log_std"], mean, log_std), batch["valid"])

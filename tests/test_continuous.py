@@ -135,14 +135,13 @@ def test_running_statistics_are_those_of_all_valid_rows_at_once():
     rows, valid = rng.normal(3, 5, (2, 90, 4)), rng.random((2, 90)) > 0.3
     stats = ppo.new_stats(2, 4)
     for part in np.split(np.arange(90), 3):
-        stats = ppo.merge(stats, torch.tensor(rows[:, part]), torch.tensor(valid[:, part]))
+        stats = ppo.merge(stats, torch.tensor(rows[:, part]), torch.tensor(valid[:, part]), torch.ones(2) > 0)
     for agent in range(2):
         seen = rows[agent][valid[agent]]
         np.testing.assert_allclose(stats["mean"][agent], seen.mean(0))
         np.testing.assert_allclose(stats["var"][agent], seen.var(0))
         assert stats["count"][agent].item() == len(seen)
-    rows[0, 5] = np.nan
-    after = ppo.merge(stats, torch.tensor(rows), torch.ones(2, 90))
+    after = ppo.merge(stats, torch.tensor(rows), torch.ones(2, 90), torch.tensor([False, True]))
     assert torch.equal(after["mean"][0], stats["mean"][0]) and not torch.equal(after["mean"][1], stats["mean"][1])
 
 
@@ -314,6 +313,31 @@ def test_every_metric_of_every_agent_is_there_and_finite(tmp_path):
     assert all(math.isfinite(row["eval_return_mean"]) for row in summaries)
     loaded, args = ppo.load_agent(str(tmp_path / "run"))
     assert ppo.evaluate(loaded, args, tmp_path)[0] == pytest.approx([summaries[0]["eval_return_mean"]])
+
+
+@pytest.mark.parametrize("source", ["obs", "rewards"])
+def test_a_nan_from_one_agents_simulator_stays_with_that_agent(source, tmp_path, monkeypatch, capsys):
+    flags = {"env_id": "Pendulum-v1", "seeds": (1, 2, 3), "total_timesteps": 64 * 3}
+    whole, _ = ppo.train(arguments(**flags, run_dir=str(tmp_path / "whole")))
+    collect, calls = ppo.collect, []
+
+    def spoil(*rest):
+        rollout, episodes = collect(*rest)
+        calls.append(1)
+        if len(calls) == 2:
+            rollout[source][10, 1] = math.nan
+        return rollout, episodes
+
+    monkeypatch.setattr(ppo, "collect", spoil)
+    spoiled, summaries = ppo.train(arguments(**flags, run_dir=str(tmp_path / "spoiled")))
+    for name, x in whole["learners"]["weights"].items():
+        assert torch.equal(x[[0, 2]], spoiled["learners"]["weights"][name][[0, 2]])
+        assert spoiled["learners"]["weights"][name].isfinite().all()
+    for name, x in whole["stats"]["obs"].items():
+        assert torch.equal(x[[0, 2]], spoiled["stats"]["obs"][name][[0, 2]])
+        assert spoiled["stats"]["obs"][name].isfinite().all()
+    assert [row["diverged_at"] for row in summaries] == [None, 128, None]
+    assert f"{source} not finite in update 2: {{'seed': 2, " in capsys.readouterr().err
 
 
 def test_a_lone_agent_that_goes_non_finite_stops_the_run(tmp_path, monkeypatch):
