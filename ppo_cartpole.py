@@ -274,10 +274,10 @@ def gae(rewards: Tensor, values: Tensor, terminated: Tensor, truncated: Tensor, 
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # eq. 12
     decay = gamma * lam * ~(terminated | truncated)
-    advantages, trace = torch.empty_like(rewards), torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        advantages[t] = trace = deltas[t] + decay[t] * trace  # eq. 11 as a recursion
-    return advantages
+    advantages, trace = [], torch.zeros_like(rewards[0])
+    for delta, keep in zip(reversed(deltas.unbind()), reversed(decay.unbind()), strict=True):
+        advantages.append(trace := delta + keep * trace)  # eq. 11 as a recursion
+    return torch.stack(advantages[::-1])
 
 
 def standardise(x: Tensor) -> Tensor:

@@ -207,6 +207,17 @@ class Args:
             raise UserError("--device cuda: this machine or this build of PyTorch has no CUDA; leave the flag out")
 
 
+def choose_backend(args: Args) -> str:
+    """What --env-backend means here. Raises UserError where EnvPool is asked for and does not know the id."""
+    known = envpool.list_all_envs()
+    if args.env_backend == "envpool" and args.env_id not in known:
+        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(args.env_id, known, 1))
+        raise UserError(f"EnvPool does not know {args.env_id!r}{near}")
+    if args.env_backend == "auto":  # below four environments a pool's hand-over costs more than it saves
+        return "envpool" if args.env_id in known and args.num_envs * len(args.agents) >= 4 else "gymnasium"
+    return args.env_backend
+
+
 class Objective(NamedTuple):
     """The policy part of eq. 9, as --objective names it: eq. 2, 6, 7 or 8."""
 
@@ -244,17 +255,6 @@ def parse_objective(text: str) -> Objective:
 
 
 # ---------------------------------------------------------------------------------------------------- ENVIRONMENTS
-def choose_backend(args: Args) -> str:
-    """What --env-backend means here. Raises UserError where EnvPool is asked for and does not know the id."""
-    known = envpool.list_all_envs()
-    if args.env_backend == "envpool" and args.env_id not in known:
-        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(args.env_id, known, 1))
-        raise UserError(f"EnvPool does not know {args.env_id!r}{near}")
-    if args.env_backend == "auto":  # below four environments a pool's hand-over costs more than it saves
-        return "envpool" if args.env_id in known and args.num_envs * len(args.agents) >= 4 else "gymnasium"
-    return args.env_backend
-
-
 def make_envs(args: Args, seeds: list[int], videos: Path | None = None) -> SimpleNamespace:
     """One new environment per seed, autoreset on the next step in both backends: step, close, the first obs [., D],
     the action space, the longest episode. Raises UserError where that cannot be, or the spaces do not suit."""
@@ -271,10 +271,9 @@ def make_envs(args: Args, seeds: list[int], videos: Path | None = None) -> Simpl
             obs, longest = envs.reset(seed=seeds)[0], envs.envs[0].spec.max_episode_steps
     except Exception as reason:  # an environment's constructor may raise anything
         raise UserError(f"cannot make the environment {args.env_id!r}: {reason}") from reason
-    if not isinstance(acts, gym.spaces.Box) or len(acts.shape) != 1:
-        raise UserError(f"{args.env_id} takes {acts} actions, this script only flat Box vectors")
-    if not isinstance(observes, gym.spaces.Box) or len(observes.shape) != 1:
-        raise UserError(f"{args.env_id} observes {observes}, this script only flat Box vectors")
+    for space, what in ((acts, f"takes {acts} actions"), (observes, f"observes {observes}")):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise UserError(f"{args.env_id} {what}; this script handles only one-dimensional Box spaces")
     return SimpleNamespace(step=envs.step, close=envs.close, obs=obs, actions=acts, longest=longest or 1000)
 
 
@@ -358,10 +357,10 @@ def gae(rewards: Tensor, values: Tensor, terminated: Tensor, truncated: Tensor, 
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # eq. 12
     decay = gamma * lam * ~(terminated | truncated)
-    advantages, trace = torch.empty_like(rewards), torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        advantages[t] = trace = deltas[t] + decay[t] * trace  # eq. 11 as a recursion
-    return advantages
+    advantages, trace = [], torch.zeros_like(rewards[0])
+    for delta, keep in zip(reversed(deltas.unbind()), reversed(decay.unbind()), strict=True):
+        advantages.append(trace := delta + keep * trace)  # eq. 11 as a recursion
+    return torch.stack(advantages[::-1])
 
 
 def average(x: Tensor, valid: Tensor) -> Tensor:
@@ -512,11 +511,11 @@ def collect(weights: Batch, stats: Batch, actors: SimpleNamespace, noise: Tensor
 def scaled_rewards(rollout: Batch, stats: Batch, running: Tensor, alive: Tensor, gamma: float) -> tuple:
     """Rewards [T, A, N] over the running deviation of the discounted return, clipped to +-10. running [A, N]: that
     return so far. Returns the scaled rewards, the new statistics and what is running at the end."""
-    sums = torch.empty_like(rollout["rewards"])
-    for t, reward in enumerate(rollout["rewards"]):
-        sums[t] = running = running * gamma + reward
-        running = running * ~(rollout["terminated"][t] | rollout["truncated"][t])
-    stats = merge(stats, by_agent(sums).unsqueeze(-1), by_agent(rollout["valid"]), alive)
+    sums, goes_on = [], ~(rollout["terminated"] | rollout["truncated"])
+    for reward, keep in zip(rollout["rewards"].unbind(), goes_on.unbind(), strict=True):
+        sums.append(running := running * gamma + reward)
+        running = running * keep
+    stats = merge(stats, by_agent(torch.stack(sums)).unsqueeze(-1), by_agent(rollout["valid"]), alive)
     return (rollout["rewards"] / (stats["var"] + 1e-8).sqrt().float()).clamp(-10, 10), stats, running
 
 
