@@ -376,8 +376,9 @@ def update(agent, optimizer, batch: Batch, objective, beta: float, args: Args, r
     history, parameters, beta = [], list(agent.parameters()), torch.tensor(beta)
     for _ in range(args.update_epochs):
         rows = torch.randperm(len(batch["obs"]), generator=rng).to(batch["obs"].device)
-        for part in rows.tensor_split(args.num_minibatches):  # every transition once per epoch  [detail 6]
-            minibatch = {name: x[part] for name, x in batch.items()}
+        shuffled = {name: x[rows].tensor_split(args.num_minibatches) for name, x in batch.items()}
+        for i in range(args.num_minibatches):  # every transition once per epoch  [detail 6]
+            minibatch = {name: parts[i] for name, parts in shuffled.items()}
             history.append(gradient(agent, parameters, minibatch, objective, beta, args))
             optimizer.step()
         epoch_kl = torch.stack([metrics["approx_kl"] for metrics in history[-args.num_minibatches :]]).mean()
@@ -401,7 +402,6 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
     state = {"update": 0, "global_step": 0, "beta": objective.beta, "transitions": [0], "diverged_at": [None]}
     state = saved["state"] if saved else state  # its lists have one entry per agent, and here there is one
     actors = start_actors(args, state["update"])
-
     torch.manual_seed(stream(args.seed, "weights"))
     dims = actors.obs.shape[1], int(actors.envs.single_action_space.n)
     agent = Agent(*dims).to(args.device)
