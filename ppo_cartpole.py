@@ -381,8 +381,8 @@ def update(agent, optimizer, batch: Batch, objective, beta: float, args: Args, r
             minibatch = {name: parts[i] for name, parts in shuffled.items()}
             history.append(gradient(agent, parameters, minibatch, objective, beta, args))
             optimizer.step()
-        epoch_kl = torch.stack([metrics["approx_kl"] for metrics in history[-args.num_minibatches :]]).mean()
-        if args.target_kl is not None and epoch_kl > args.target_kl:
+        epoch = history[-args.num_minibatches :]
+        if args.target_kl is not None and torch.stack([m["approx_kl"] for m in epoch]).mean() > args.target_kl:
             break
     means = {name: torch.stack([metrics[name] for metrics in history]).mean().item() for name in history[0]}
     with torch.no_grad():

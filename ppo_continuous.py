@@ -640,7 +640,7 @@ def train(args: Args) -> tuple[dict, list[dict]]:
         run.log(state, charts, losses)
         if state["update"] % args.checkpoint_every == 0 or state["update"] == args.num_updates:
             run.save(state, dims=dims, learners=learners, stats=stats, **rng)
-            actors.envs.close()  # the clean cut: every run makes it, resumed or not
+            actors.envs.close()  # environments cannot be saved: every run, resumed or not, starts new episodes here
             actors, running = start_actors(args, state["update"]), torch.zeros_like(running)
     actors.envs.close()
     trained = {"learners": learners, "stats": stats}

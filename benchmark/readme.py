@@ -40,7 +40,7 @@ def details() -> str:
 
 
 def result(path: str) -> Callable[[], str]:
-    """A committed result, without its title; headings go down to where the README puts them."""
+    """What reads a committed result, without its title."""
     return lambda: re.sub(r"\A# .*\n+", "", (ROOT / "benchmark/results" / path).read_text()).strip("\n")
 
 

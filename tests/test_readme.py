@@ -24,18 +24,16 @@ def test_there_is_something_to_check():
     assert "ppo_cartpole" in SCRIPTS and len(COMMANDS) > 8
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"python \w+\.py", c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if ".py" in c])
 def test_every_quoted_command_of_a_script_parses(command):
     for part in command.split("&&"):
         words = shlex.split(part)
-        if words[-1].endswith(".py") or any(word.endswith(".py") for word in words):
-            at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-            if words[at].count("/") == 0:
-                script = importlib.import_module(Path(words[at]).stem)
-                args = script.parse_args(script.Args, words[at + 1 :])
-                args.check()
-            else:
-                assert (ROOT / words[at]).exists()
+        for at, word in enumerate(words):
+            if word.endswith(".py"):
+                assert (ROOT / word).exists()
+                if "/" not in word:  # a script; the tools of benchmark/ have tests of their own
+                    script = importlib.import_module(Path(word).stem)
+                    script.parse_args(script.Args, words[at + 1 :]).check()
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", README))))
