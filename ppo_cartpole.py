@@ -345,7 +345,6 @@ def collect(agent: Agent, actors: SimpleNamespace, num_steps: int, rng: torch.Ge
         actors.obs, rewards[t], terminated[t], truncated[t], _ = envs.step(actions[t] + space.start)
         seconds["policy"] += between - start
         seconds["environment"] += time.perf_counter() - between
-
         actors.returns, actors.lengths = actors.returns + rewards[t], actors.lengths + valid[t]
         actors.ended = terminated[t] | truncated[t]
         for i in actors.ended.nonzero()[0]:
@@ -409,7 +408,8 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
     rng = {name: torch.Generator().manual_seed(stream(args.seed, name)) for name in ("actions", "minibatches")}
     restore(saved, agent=agent, optimizer=optimizer, **rng)
     open_env(args.env_id, args.capture_video).close()  # where rendering does not work, say so now
-    run = Run(args, {"env_id": args.env_id}, actors.envs.spec.max_episode_steps or 1000, saved)
+    longest = actors.envs.spec.max_episode_steps or 1000
+    run = Run(args, {"env_id": args.env_id}, math.ceil(50 * longest / args.num_steps), saved)
     while state["update"] < args.num_updates:
         # ROLLOUT
         rollout, episodes = collect(agent, actors, args.num_steps, rng["actions"], run.seconds)
@@ -555,12 +555,12 @@ class Run:
     """A run's folder, clock, progress bar and Weights & Biases mirror.
 
     task: the summary's first entry, such as {"env_id": ...}; args.agents: a dict per agent that names it, seed first;
-    longest: steps of the longest episode; saved: the checkpoint to go on from.
+    safest: the fewest updates between checkpoints that leave reported returns as they are, and the default;
+    saved: the checkpoint to go on from.
     """
 
-    def __init__(self, args: Args, task: dict, longest: int, saved: dict | None):
+    def __init__(self, args: Args, task: dict, safest: int, saved: dict | None):
         self.task, self.agents, (self.title,) = task, args.agents, task.values()
-        safest = math.ceil(50 * longest / args.num_steps)
         args.checkpoint_every = args.checkpoint_every or safest
         self.recent = saved["recent"] if saved else [[] for _ in self.agents]  # of the last 100 episodes
         clocks = ("wall", "first", *CLOCKS)  # first: up to the end of the first update, with any compilation
@@ -705,6 +705,29 @@ class Run:
         return rows
 
 
+def parse_args(cls: type, argv: list[str]) -> Args:
+    """The command line as an object of `cls`. Raises UserError, with what tyro says on it, in one line."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            args = tyro.cli(cls, args=argv)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = "\n".join(line.strip(" │") for line in told.getvalue().splitlines()[1:])  # without the box's title
+        complaint, *rest = (" ".join(part.split()) for part in re.split("(?m)^[─-]{4,}$", lines) if part.strip())
+        hint = re.search(r"(?:Perhaps you meant|Arguments similar to \S+): (--[\w-]+)", " ".join(rest))
+        raise UserError(complaint + (f"; did you mean {hint[1]}?" if hint else "")) from stop
+    flags = {flag.partition("=")[0].replace("_", "-").replace("--no-", "--") for flag in argv if flag.startswith("--")}
+    names = ["--" + name.replace("_", "-") for name in cls.__dataclass_fields__]
+    own = set(names[names.index("--evaluate") + 1 :])  # the flags of an evaluation are declared last
+    for alone, beside in (("--resume", set()), ("--evaluate", own)):
+        if alone in flags and (extra := sorted(flags - beside - {alone})):
+            raise UserError(f"{extra[0]} cannot stand beside {alone}: the run's own config.json decides")
+    return args
+
+
+# -------------------------------------------------------------------------------------------------------- COMMANDS
 def open_env(env_id: str, render: bool, videos: Path | None = None) -> gym.Env:
     """One environment for evaluation; with `render`, every episode is recorded into the folder `videos`.
 
@@ -724,28 +747,6 @@ def open_env(env_id: str, render: bool, videos: Path | None = None) -> gym.Env:
     return env
 
 
-def parse_args(cls: type, argv: list[str]) -> Args:
-    """The command line as an object of `cls`. Raises UserError, with what tyro says on it, in one line."""
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            args = tyro.cli(cls, args=argv)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = "\n".join(line.strip(" │") for line in told.getvalue().splitlines()[1:])  # without the box's title
-        complaint, *rest = (" ".join(part.split()) for part in re.split("(?m)^[─-]{4,}$", lines) if part.strip())
-        hint = re.search(r"(?:Perhaps you meant|Arguments similar to \S+): (--[\w-]+)", " ".join(rest))
-        raise UserError(complaint + (f"; did you mean {hint[1]}?" if hint else "")) from stop
-    flags = {flag.partition("=")[0].replace("_", "-").replace("--no-", "--") for flag in argv if flag.startswith("--")}
-    own = {"--eval-episodes", "--sample-actions", "--capture-video"}
-    for alone, beside in (("--resume", set()), ("--evaluate", own)):
-        if alone in flags and (extra := sorted(flags - beside - {alone})):
-            raise UserError(f"{extra[0]} cannot stand beside {alone}: the run's own config.json decides")
-    return args
-
-
-# -------------------------------------------------------------------------------------------------------- COMMANDS
 def load_agent(run_dir: str) -> tuple["Agent", Args]:
     """The trained agent of a run folder, on the CPU, and its flags. Raises UserError where there is no checkpoint."""
     args, saved = load_run(Args, run_dir)

@@ -269,6 +269,8 @@ def make_envs(args: Args, seeds: list[int], videos: Path | None = None) -> Simpl
             envs = gym.vector.SyncVectorEnv(makers)
             observes, acts = envs.single_observation_space, envs.single_action_space
             obs, longest = envs.reset(seed=seeds)[0], envs.envs[0].spec.max_episode_steps
+    except UserError:
+        raise
     except Exception as reason:  # an environment's constructor may raise anything
         raise UserError(f"cannot make the environment {args.env_id!r}: {reason}") from reason
     for space, what in ((acts, f"takes {acts} actions"), (observes, f"observes {observes}")):
@@ -495,7 +497,6 @@ def collect(weights: Batch, stats: Batch, actors: SimpleNamespace, noise: Tensor
         stepped = actors.envs.step(sent.reshape(-1, sent.shape[-1]))
         seconds["policy"] += between - start
         seconds["environment"] += time.perf_counter() - between
-
         actors.obs = stepped[0].reshape(actors.obs.shape)
         rewards[t], terminated[t], truncated[t] = (x.reshape(shape[1:]) for x in stepped[1:4])
         actors.returns, actors.lengths = actors.returns + rewards[t], actors.lengths + valid[t]
@@ -569,7 +570,7 @@ def train(args: Args) -> tuple[dict, list[dict]]:
     step = torch.vmap(partial(gradient_step, model, args), in_dims=(0, 0, 0, 0, None))
     step = torch.compile(step, dynamic=False) if args.compile else step
     fixed = {"log_prob": [o.log_prob for o in objectives], "epsilon": [o.epsilon for o in objectives]}
-    run = Run(args, {"env_id": args.env_id}, actors.envs.longest, saved)
+    run = Run(args, {"env_id": args.env_id}, math.ceil(50 * actors.envs.longest / args.num_steps), saved)
     running = torch.zeros(len(agents), args.num_envs)
     threads = (os.cpu_count() or 1) if len(agents) >= 4 else 1  # one agent's steps are too small to share
     while state["update"] < args.num_updates:
@@ -760,12 +761,12 @@ class Run:
     """A run's folder, clock, progress bar and Weights & Biases mirror.
 
     task: the summary's first entry, such as {"env_id": ...}; args.agents: a dict per agent that names it, seed first;
-    longest: steps of the longest episode; saved: the checkpoint to go on from.
+    safest: the fewest updates between checkpoints that leave reported returns as they are, and the default;
+    saved: the checkpoint to go on from.
     """
 
-    def __init__(self, args: Args, task: dict, longest: int, saved: dict | None):
+    def __init__(self, args: Args, task: dict, safest: int, saved: dict | None):
         self.task, self.agents, (self.title,) = task, args.agents, task.values()
-        safest = math.ceil(50 * longest / args.num_steps)
         args.checkpoint_every = args.checkpoint_every or safest
         self.recent = saved["recent"] if saved else [[] for _ in self.agents]  # of the last 100 episodes
         clocks = ("wall", "first", *CLOCKS)  # first: up to the end of the first update, with any compilation
@@ -910,6 +911,29 @@ class Run:
         return rows
 
 
+def parse_args(cls: type, argv: list[str]) -> Args:
+    """The command line as an object of `cls`. Raises UserError, with what tyro says on it, in one line."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            args = tyro.cli(cls, args=argv)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = "\n".join(line.strip(" │") for line in told.getvalue().splitlines()[1:])  # without the box's title
+        complaint, *rest = (" ".join(part.split()) for part in re.split("(?m)^[─-]{4,}$", lines) if part.strip())
+        hint = re.search(r"(?:Perhaps you meant|Arguments similar to \S+): (--[\w-]+)", " ".join(rest))
+        raise UserError(complaint + (f"; did you mean {hint[1]}?" if hint else "")) from stop
+    flags = {flag.partition("=")[0].replace("_", "-").replace("--no-", "--") for flag in argv if flag.startswith("--")}
+    names = ["--" + name.replace("_", "-") for name in cls.__dataclass_fields__]
+    own = set(names[names.index("--evaluate") + 1 :])  # the flags of an evaluation are declared last
+    for alone, beside in (("--resume", set()), ("--evaluate", own)):
+        if alone in flags and (extra := sorted(flags - beside - {alone})):
+            raise UserError(f"{extra[0]} cannot stand beside {alone}: the run's own config.json decides")
+    return args
+
+
+# -------------------------------------------------------------------------------------------------------- COMMANDS
 def open_env(env_id: str, render: bool, videos: Path | None = None) -> gym.Env:
     """One environment for evaluation; with `render`, every episode is recorded into the folder `videos`.
 
@@ -929,28 +953,6 @@ def open_env(env_id: str, render: bool, videos: Path | None = None) -> gym.Env:
     return env
 
 
-def parse_args(cls: type, argv: list[str]) -> Args:
-    """The command line as an object of `cls`. Raises UserError, with what tyro says on it, in one line."""
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            args = tyro.cli(cls, args=argv)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = "\n".join(line.strip(" │") for line in told.getvalue().splitlines()[1:])  # without the box's title
-        complaint, *rest = (" ".join(part.split()) for part in re.split("(?m)^[─-]{4,}$", lines) if part.strip())
-        hint = re.search(r"(?:Perhaps you meant|Arguments similar to \S+): (--[\w-]+)", " ".join(rest))
-        raise UserError(complaint + (f"; did you mean {hint[1]}?" if hint else "")) from stop
-    flags = {flag.partition("=")[0].replace("_", "-").replace("--no-", "--") for flag in argv if flag.startswith("--")}
-    own = {"--eval-episodes", "--sample-actions", "--capture-video"}
-    for alone, beside in (("--resume", set()), ("--evaluate", own)):
-        if alone in flags and (extra := sorted(flags - beside - {alone})):
-            raise UserError(f"{extra[0]} cannot stand beside {alone}: the run's own config.json decides")
-    return args
-
-
-# -------------------------------------------------------------------------------------------------------- COMMANDS
 def load_agent(run_dir: str) -> tuple[dict, Args]:
     """The trained agents of a run folder, on the CPU, and the flags. Raises UserError where there is no checkpoint."""
     args, saved = load_run(Args, run_dir)

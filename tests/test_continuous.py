@@ -31,6 +31,7 @@ def text_between(script: str, start: str, end: str) -> str:
         ("class Objective(", "# -----"),
         ("def layer_init(", "\n\n\n"),
         ("def gae(", "\n\n\n"),
+        ("def open_env(", "\n\n\n"),
         ("def evaluate_run(", "\n\n\n"),
         ("def main(", "__main__"),
     ],
