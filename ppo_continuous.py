@@ -26,6 +26,7 @@ import contextlib
 import csv
 import datetime
 import difflib
+import gc
 import hashlib
 import io
 import json
@@ -207,17 +208,6 @@ class Args:
             raise UserError("--device cuda: this machine or this build of PyTorch has no CUDA; leave the flag out")
 
 
-def choose_backend(args: Args) -> str:
-    """What --env-backend means here. Raises UserError where EnvPool is asked for and does not know the id."""
-    known = envpool.list_all_envs()
-    if args.env_backend == "envpool" and args.env_id not in known:
-        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(args.env_id, known, 1))
-        raise UserError(f"EnvPool does not know {args.env_id!r}{near}")
-    if args.env_backend == "auto":  # below four environments a pool's hand-over costs more than it saves
-        return "envpool" if args.env_id in known and args.num_envs * len(args.agents) >= 4 else "gymnasium"
-    return args.env_backend
-
-
 class Objective(NamedTuple):
     """The policy part of eq. 9, as --objective names it: eq. 2, 6, 7 or 8."""
 
@@ -255,37 +245,13 @@ def parse_objective(text: str) -> Objective:
 
 
 # ---------------------------------------------------------------------------------------------------- ENVIRONMENTS
-def make_envs(args: Args, seeds: list[int], videos: Path | None = None) -> SimpleNamespace:
-    """One new environment per seed, autoreset on the next step in both backends: step, close, the first obs [., D],
-    the action space, the longest episode. Raises UserError where that cannot be, or the spaces do not suit."""
-    try:
-        if args.env_backend == "envpool" and videos is None:
-            envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds)
-            observes, acts, longest = envs.observation_space, envs.action_space, envs.spec.config.max_episode_steps
-            obs, _ = envs.reset()
-        else:
-            folders = [videos / str(i) if videos else None for i in range(len(seeds))]
-            makers = [partial(open_env, args.env_id, videos is not None, folder) for folder in folders]
-            envs = gym.vector.SyncVectorEnv(makers)
-            observes, acts = envs.single_observation_space, envs.single_action_space
-            obs, longest = envs.reset(seed=seeds)[0], envs.envs[0].spec.max_episode_steps
-    except UserError:
-        raise
-    except Exception as reason:  # an environment's constructor may raise anything
-        raise UserError(f"cannot make the environment {args.env_id!r}: {reason}") from reason
-    for space, what in ((acts, f"takes {acts} actions"), (observes, f"observes {observes}")):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise UserError(f"{args.env_id} {what}; this script handles only one-dimensional Box spaces")
-    return SimpleNamespace(step=envs.step, close=envs.close, obs=obs, actions=acts, longest=longest or 1000)
-
-
 def start_actors(args: Args, update: int) -> SimpleNamespace:
     """The N actors of Algorithm 1 for each of A agents, in new environments; the seeds depend on the agent's alone."""
     firsts, shape = [stream(agent["seed"], "environments", update) for agent in args.agents], (-1, args.num_envs)
     envs = make_envs(args, [first + i for first in firsts for i in range(args.num_envs)])
-    ended, returns, lengths = np.zeros((3, len(firsts), args.num_envs))  # of the episode that each is in
-    obs = envs.obs.reshape(*shape, envs.obs.shape[-1])
-    return SimpleNamespace(envs=envs, obs=obs, ended=ended > 0, returns=returns, lengths=lengths)
+    returns, lengths, discounted = np.zeros((3, len(firsts), args.num_envs))  # of the episode that each is in
+    now = {"obs": envs.obs.reshape(*shape, envs.obs.shape[-1]), "ended": returns > 0}
+    return SimpleNamespace(envs=envs, **now, returns=returns, lengths=lengths, discounted=discounted)
 
 
 # ----------------------------------------------------------------------------------------------------------- AGENT
@@ -315,23 +281,13 @@ class Agent(nn.Module):
         return mean, self.log_std.expand_as(mean), self.critic(obs).squeeze(-1)
 
 
-def act(weights: Batch, obs: Tensor) -> Tensor:
-    """The actors of all agents in three batched products: weights [A, ...], obs [A, N, D] -> means [A, N, U]"""
-    for layer in (0, 2, 4):
-        weight, bias = weights[f"actor.{layer}.weight"], weights[f"actor.{layer}.bias"]
-        obs = torch.baddbmm(bias.unsqueeze(1), obs if layer == 0 else obs.tanh(), weight.transpose(1, 2))
-    return obs
-
-
 def merge(stats: Batch, x: Tensor, valid: Tensor, alive: Tensor) -> Batch:
     """Running count [A, 1], mean and var [A, D] of each agent after the valid rows of x [A, B, D] (Chan, Golub, LeVeque
     1983). An agent that is not alive [A] keeps what it had."""
-    weight, x = valid.double().unsqueeze(-1), x.double()
-    n = weight.sum(1)
-    mean = (x * weight).sum(1) / n
-    var = ((x - mean.unsqueeze(1)).square() * weight).sum(1) / n
-    total, shift = stats["count"] + n, mean - stats["mean"]
-    squares = stats["var"] * stats["count"] + var * n + shift.square() * stats["count"] * n / total
+    x, valid = x.double().mT, valid.double().unsqueeze(1)
+    n = valid.sum(-1)
+    total, shift = stats["count"] + n, average(x, valid) - stats["mean"]
+    squares = stats["var"] * stats["count"] + variance(x, valid) * (n - 1) + shift.square() * stats["count"] * n / total
     merged = {"count": total, "mean": stats["mean"] + shift * n / total, "var": squares / total}
     return {name: torch.where(alive.unsqueeze(-1), merged[name], stats[name]) for name in stats}
 
@@ -340,6 +296,21 @@ def standardised(obs: Tensor, stats: Batch, clip: float) -> Tensor:
     """obs [A, B, D] as the networks see it."""
     mean, std = stats["mean"].float().unsqueeze(1), (stats["var"] + 1e-8).sqrt().float().unsqueeze(1)
     return ((obs - mean) / std).clamp(-clip, clip)
+
+
+def policies(weights: Batch, stats: Batch, clip: float) -> Callable:
+    """All actors as one function of obs [A, N, D] and standard normal noise [A, N, U], or 0, to actions [A, N, U]. In
+    NumPy: with networks this small it is several times faster."""
+    layers = [(weights[f"actor.{i}.weight"].mT, weights[f"actor.{i}.bias"].unsqueeze(1)) for i in (0, 2, 4)]
+    (w0, b0), (w1, b1), (w2, b2) = [(weight.cpu().numpy(), bias.cpu().numpy()) for weight, bias in layers]
+    mean, std = stats["mean"].float().unsqueeze(1).numpy(), (stats["var"] + 1e-8).sqrt().float().unsqueeze(1).numpy()
+    spread = weights["log_std"].cpu().exp().unsqueeze(1).numpy()
+
+    def act(obs: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
+        seen = ((obs - mean) / std).clip(-clip, clip)
+        return np.tanh(np.tanh(seen @ w0 + b0) @ w1 + b1) @ w2 + b2 + noise * spread
+
+    return act
 
 
 def by_agent(x: Tensor) -> Tensor:
@@ -366,20 +337,19 @@ def gae(rewards: Tensor, values: Tensor, terminated: Tensor, truncated: Tensor, 
 
 
 def average(x: Tensor, valid: Tensor) -> Tensor:
-    """The mean of x [B] over its transitions: autoreset rows, valid = 0, do not count."""
-    return (x * valid).sum() / valid.sum().clamp(min=1)
+    """The mean of x [..., B] over its transitions: autoreset rows, valid = 0, do not count."""
+    return (x * valid).sum(-1) / valid.sum(-1).clamp(min=1)
+
+
+def variance(x: Tensor, valid: Tensor) -> Tensor:
+    """The sample variance of x [..., B] over its transitions."""
+    squares = (x - average(x, valid).unsqueeze(-1)).square() * valid
+    return squares.sum(-1) / (valid.sum(-1) - 1).clamp(min=1)
 
 
 def standardise(x: Tensor, valid: Tensor) -> Tensor:
-    """x [B] with mean 0 and standard deviation 1 over its transitions."""
-    x = x - average(x, valid)
-    return x / (((x.square() * valid).sum() / (valid.sum() - 1).clamp(min=1)).sqrt() + 1e-8)
-
-
-def explained_variance(values: Tensor, returns: Tensor, valid: Tensor) -> Tensor:
-    """1 - var[returns - values] / var[returns] of one agent's transitions [B]; 0 where the returns are all the same."""
-    left, all_of_it = ((x - average(x, valid)).square() * valid for x in (returns - values, returns))
-    return torch.where(all_of_it.sum() > 0, 1 - left.sum() / all_of_it.sum(), 0.0)
+    """x [..., B] with mean 0 and standard deviation 1 over its transitions."""
+    return (x - average(x, valid).unsqueeze(-1)) / (variance(x, valid).sqrt().unsqueeze(-1) + 1e-8)
 
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
@@ -398,8 +368,7 @@ def ppo_loss(policy: tuple[Tensor, Tensor, Tensor], batch: Batch, objective: Bat
 
     policy: mean [B, U], log std [B, U], values [B] from the weights being optimised. batch, from those that collected
     it: actions, mean, log_std [B, U]; log_prob, values, advantages, returns, valid [B]. objective: scalar tensors
-    log_prob, epsilon, beta. A term that an objective lacks is cut off at its inputs: even in a gradient 0 * inf is NaN.
-    """
+    log_prob, epsilon, beta. A term that an objective lacks is cut off at its inputs, since 0 * inf is NaN."""
     mean, log_std, values = policy
     log_prob = gaussian_log_prob(mean, log_std, batch["actions"])  # of the policy's own action, not of a clipped one
     log_ratio, advantages = log_prob - batch["log_prob"], batch["advantages"]
@@ -430,32 +399,29 @@ def ppo_loss(policy: tuple[Tensor, Tensor, Tensor], batch: Batch, objective: Bat
 def gradient_step(model: Agent, args: Args, learner: dict, batch: Batch, rows: Tensor, objective: Batch, lr) -> dict:
     """One minibatch step of ONE agent: the clipped gradient of ppo_loss, then Adam (Kingma and Ba 2015, Algorithm 1).
 
-    learner: weights; Adam's m, v and t; sums of the metrics over `counted` steps; active: whether to take the step;
-    alive: whether all was finite so far. A step that is not taken, or is not finite, leaves the weights as they are.
-    """
+    learner: weights; Adam's m, v and t; sums of the metrics over the steps taken; active: whether to take this one;
+    alive: whether all was finite so far. A step that is not taken, or is not finite, leaves the weights as they are."""
     minibatch = {name: x[rows] for name, x in batch.items()}
     if args.norm_adv == "minibatch":  # [detail 7]
         minibatch["advantages"] = standardise(minibatch["advantages"], minibatch["valid"])
-
-    def loss(weights):  # without annotations, which torch.compile would have to evaluate
-        return ppo_loss(functional_call(model, weights, (minibatch["obs"],)), minibatch, objective, args)
-
-    gradient, metrics = torch.func.grad(loss, has_aux=True)(learner["weights"])
+    gradient, metrics = torch.func.grad(
+        lambda weights: ppo_loss(functional_call(model, weights, minibatch["obs"]), minibatch, objective, args),
+        has_aux=True,
+    )(learner["weights"])
     norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
     finite = norm.isfinite() & metrics.pop("loss").isfinite()
     shrink = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # [detail 11]
     taken, t = learner["active"] & finite, learner["t"] + 1
-    new = {"weights": {}, "m": {}, "v": {}, "t": t, "counted": learner["counted"] + 1}
+    new = {"weights": {}, "m": {}, "v": {}, "t": torch.where(taken, t, learner["t"])}
     for name, g in gradient.items():
         new["m"][name] = m = 0.9 * learner["m"][name] + 0.1 * shrink * g
         new["v"][name] = v = 0.999 * learner["v"][name] + 0.001 * (shrink * g).square()
         step = lr * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)  # [detail 3]
         new["weights"][name] = learner["weights"][name] - step
-    new["sums"] = {name: learner["sums"][name] + x for name, x in (metrics | {"grad_norm": norm}).items()}
+    metrics |= {"grad_norm": norm, "steps": torch.ones_like(norm)}
+    new["sums"] = {name: learner["sums"][name] + x for name, x in metrics.items()}
     for part in ("weights", "m", "v", "sums"):
         new[part] = {name: torch.where(taken, new[part][name], x) for name, x in learner[part].items()}
-    for part in ("t", "counted"):
-        new[part] = torch.where(taken, new[part], learner[part])
     new |= {"active": taken, "alive": learner["alive"] & (finite | ~learner["active"])}
     return {name: new[name] for name in learner}  # in the same order, or torch.compile takes it for another program
 
@@ -463,45 +429,40 @@ def gradient_step(model: Agent, args: Args, learner: dict, batch: Batch, rows: T
 def update(step, learners: dict, batch: Batch, objective: Batch, orders: Tensor, lr: float, args: Args) -> dict:
     """K epochs of minibatch steps of all agents; returns the new learners. step: gradient_step under vmap; batch
     [A, B, ...]: what ppo_loss takes, and obs; objective: [A] each; orders [A, K, B]: permutations of the B rows."""
-    learners = learners | {"active": learners["alive"].clone(), "counted": torch.zeros_like(learners["counted"])}
-    learners["sums"] = {name: torch.zeros_like(x) for name, x in learners["sums"].items()}
+    zeros = {name: torch.zeros_like(x) for name, x in learners["sums"].items()}
+    learners = learners | {"active": learners["alive"].clone(), "sums": zeros}
     lr = torch.tensor(lr, device=orders.device)  # a tensor, or every new step size would be compiled anew
     for epoch in range(args.update_epochs):
-        before = learners["sums"]["approx_kl"], learners["counted"]
+        before = learners["sums"]
         for rows in orders[:, epoch].chunk(args.num_minibatches, -1):  # every row once per epoch  [detail 6]
             learners = step(learners, batch, rows.contiguous(), objective, lr)
         if args.target_kl is not None:
-            epoch_kl = (learners["sums"]["approx_kl"] - before[0]) / (learners["counted"] - before[1])
-            learners["active"] = learners["active"] & (epoch_kl <= args.target_kl)
+            kl, steps = (learners["sums"][name] - before[name] for name in ("approx_kl", "steps"))
+            learners["active"] = learners["active"] & (kl / steps <= args.target_kl)
     return learners
 
 
-@torch.no_grad()
 def collect(weights: Batch, stats: Batch, actors: SimpleNamespace, noise: Tensor, args: Args, seconds: dict) -> tuple:
     """Every actor takes T steps with standard normal noise [T, A, N, U]. Returns raw obs [T+1, A, N, D], actions [T, A,
-    N, U] and [T, A, N] each: rewards, terminated, truncated, valid (False in autoreset rows); and per agent (row,
-    return, length) of every episode that ended, rows counted over its actors. Adds to `seconds` where the time went."""
-    shape, low, high = noise.shape[:3], actors.envs.actions.low, actors.envs.actions.high
+    N, U] and [T, A, N] each: rewards, terminated, truncated, valid (False in autoreset rows); and per agent (row over
+    its actors, return, length) of every episode that ended. Adds to `seconds` where the time went."""
+    shape, policy = noise.shape[:3], policies(weights, stats, args.obs_clip)
     obs, actions = np.empty((shape[0] + 1, *actors.obs.shape), np.float32), np.empty(noise.shape, np.float32)
     rewards, (terminated, truncated, valid) = np.empty(shape, np.float32), np.empty((3, *shape), bool)
-    noise = (noise * weights["log_std"].exp().unsqueeze(1)).numpy()
-    mean, std = (x.float().unsqueeze(1).numpy() for x in (stats["mean"], (stats["var"] + 1e-8).sqrt()))
-    episodes = [[] for _ in range(shape[1])]
+    noise, episodes = noise.numpy(), [[] for _ in range(shape[1])]
     for t in range(shape[0]):
         obs[t], valid[t], start = actors.obs, ~actors.ended, time.perf_counter()  # the step after an end only resets
         # the actor alone: the weights rest during a rollout, so all else is computed at once, in train()
-        seen = ((obs[t] - mean) / std).clip(-args.obs_clip, args.obs_clip)
-        actions[t] = act(weights, torch.from_numpy(seen)).numpy() + noise[t]
-        sent = np.clip(actions[t], low, high) if args.clip_actions else actions[t]
+        actions[t] = policy(obs[t], noise[t])
         between = time.perf_counter()
-        stepped = actors.envs.step(sent.reshape(-1, sent.shape[-1]))
+        stepped = actors.envs.step(actions[t])
         seconds["policy"] += between - start
         seconds["environment"] += time.perf_counter() - between
         actors.obs = stepped[0].reshape(actors.obs.shape)
         rewards[t], terminated[t], truncated[t] = (x.reshape(shape[1:]) for x in stepped[1:4])
         actors.returns, actors.lengths = actors.returns + rewards[t], actors.lengths + valid[t]
         actors.ended = terminated[t] | truncated[t]
-        for a, i in np.argwhere(actors.ended):
+        for a, i in zip(*actors.ended.nonzero(), strict=True):
             episodes[a].append((int(t * shape[2] + i), float(actors.returns[a, i]), int(actors.lengths[a, i])))
             actors.returns[a, i] = actors.lengths[a, i] = 0
     obs[-1] = actors.obs
@@ -509,61 +470,33 @@ def collect(weights: Batch, stats: Batch, actors: SimpleNamespace, noise: Tensor
     return {name: torch.from_numpy(x) for name, x in (rollout | {"valid": valid}).items()}, episodes
 
 
-def scaled_rewards(rollout: Batch, stats: Batch, running: Tensor, alive: Tensor, gamma: float) -> tuple:
-    """Rewards [T, A, N] over the running deviation of the discounted return, clipped to +-10. running [A, N]: that
-    return so far. Returns the scaled rewards, the new statistics and what is running at the end."""
+def scaled_rewards(rollout: Batch, stats: Batch, actors: SimpleNamespace, alive: Tensor, gamma: float) -> tuple:
+    """Rewards [T, A, N] over the running deviation of the discounted return so far, actors.discounted [A, N], clipped
+    to +-10; and the new statistics."""
     sums, goes_on = [], ~(rollout["terminated"] | rollout["truncated"])
-    for reward, keep in zip(rollout["rewards"].unbind(), goes_on.unbind(), strict=True):
-        sums.append(running := running * gamma + reward)
-        running = running * keep
-    stats = merge(stats, by_agent(torch.stack(sums)).unsqueeze(-1), by_agent(rollout["valid"]), alive)
-    return (rollout["rewards"] / (stats["var"] + 1e-8).sqrt().float()).clamp(-10, 10), stats, running
+    for reward, keep in zip(rollout["rewards"].numpy(), goes_on.numpy(), strict=True):
+        sums.append(actors.discounted * gamma + reward)
+        actors.discounted = sums[-1] * keep
+    sums = torch.from_numpy(np.stack(sums))
+    stats = merge(stats, by_agent(sums).unsqueeze(-1), by_agent(rollout["valid"]), alive)
+    return (rollout["rewards"] / (stats["var"] + 1e-8).sqrt().float()).clamp(-10, 10), stats
 
 
 # -------------------------------------------------------------------------------------------------------- TRAINING
-def new_learners(args: Args, dims: tuple[int, int]) -> dict:
-    """What learning changes, stacked over agents [A, ...]: see gradient_step."""
-    weights = []
-    for agent in args.agents:
-        torch.manual_seed(stream(agent["seed"], "weights"))
-        weights.append({name: w.detach() for name, w in Agent(*dims).named_parameters()})
-    weights = {name: torch.stack([w[name] for w in weights]).to(args.device) for name in weights[0]}
-    zeros, ones = (torch.full((len(args.agents),), x, device=args.device) for x in (0.0, True))
-    names = ("policy_loss", "value_loss", "entropy", "kl", "approx_kl", "old_approx_kl", "clipfrac", "grad_norm")
-    learners = {"weights": weights, "m": tree_map(torch.zeros_like, weights), "v": tree_map(torch.zeros_like, weights)}
-    learners |= {"t": zeros, "counted": zeros.clone(), "sums": {name: zeros.clone() for name in names}}
-    return learners | {"active": ones, "alive": ones.clone()}
-
-
-def new_stats(agents: int, width: int) -> Batch:
-    """Running statistics that have seen nothing yet, and so change nothing."""
-    parts = {"count": torch.zeros(agents, 1), "mean": torch.zeros(agents, width), "var": torch.ones(agents, width)}
-    return {name: x.double() for name, x in parts.items()}
-
-
 def train(args: Args) -> tuple[dict, list[dict]]:
     """Algorithm 1 for all agents, and the closing evaluation. Returns what the checkpoint says of the agents, and what
     summary.json holds. Raises UserError before anything is written, NonFiniteError where no agent is left alive."""
     args, saved = load_run(Args, args.resume) if args.resume is not None else (replace(args), None)
     args.check()
-    args.env_backend = choose_backend(args)
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        print("note: no C++ compiler on this machine, so updates run eagerly, several times slower", file=sys.stderr)
-        args.compile = False
+    check_machine(args)
     torch.set_num_threads(1)  # here and in rollouts: bits depend on it, and EnvPool needs the other cores
     agents, objectives = args.agents, [parse_objective(agent["objective"]) for agent in args.agents]
-    state = {"update": 0, "global_step": 0, "beta": [objective.beta for objective in objectives]}
-    state |= {"transitions": [0] * len(agents), "diverged_at": [None] * len(agents)}
-    state = saved["state"] if saved else state
+    state = saved["state"] if saved else new_state(objectives)
     actors = start_actors(args, state["update"])
-    dims = actors.obs.shape[-1], actors.envs.actions.shape[0]
-    if args.capture_video:
-        open_env(args.env_id, render=True).close()  # where rendering does not work, say so now
-
+    dims = actors.obs.shape[-1], actors.envs.action_dim
     learners = saved["learners"] if saved else new_learners(args, dims)
-    stats = saved["stats"] if saved else {"obs": new_stats(len(agents), dims[0]), "returns": new_stats(len(agents), 1)}
-    names = [(name, seed) for name in ("actions", "minibatches") for seed in args.seeds]
-    rng = {f"{name} {seed}": torch.Generator().manual_seed(stream(seed, name)) for name, seed in names}
+    stats = saved["stats"] if saved else new_stats(args, dims)
+    rng = new_generators(args)
     restore(saved, **rng)
     model = Agent(*dims).to(args.device)  # lends its structure; the weights are those of the learners
     look = torch.vmap(partial(functional_call, model))
@@ -571,7 +504,6 @@ def train(args: Args) -> tuple[dict, list[dict]]:
     step = torch.compile(step, dynamic=False) if args.compile else step
     fixed = {"log_prob": [o.log_prob for o in objectives], "epsilon": [o.epsilon for o in objectives]}
     run = Run(args, {"env_id": args.env_id}, math.ceil(50 * actors.envs.longest / args.num_steps), saved)
-    running = torch.zeros(len(agents), args.num_envs)
     threads = (os.cpu_count() or 1) if len(agents) >= 4 else 1  # one agent's steps are too small to share
     while state["update"] < args.num_updates:
         # ROLLOUT
@@ -579,8 +511,7 @@ def train(args: Args) -> tuple[dict, list[dict]]:
         shape = (args.num_steps, args.num_envs, dims[1])
         noise = {seed: torch.randn(shape, generator=rng[f"actions {seed}"]) for seed in args.seeds}
         noise = torch.stack([noise[agent["seed"]] for agent in agents], 1)
-        weights = {name: x.cpu() for name, x in learners["weights"].items()}
-        rollout, episodes = collect(weights, stats["obs"], actors, noise, args, run.seconds)
+        rollout, episodes = collect(learners["weights"], stats["obs"], actors, noise, args, run.seconds)
 
         # ADVANTAGES
         torch.set_num_threads(threads)
@@ -590,20 +521,19 @@ def train(args: Args) -> tuple[dict, list[dict]]:
         alive = learners["alive"].cpu() & finite["obs"] & finite["rewards"]
         stats["obs"] = merge(stats["obs"], by_agent(rollout["obs"][:-1]), valid, alive)
         if args.scale_rewards:
-            scaled = scaled_rewards(rollout, stats["returns"], running, alive, args.gamma)
-            rollout["rewards"], stats["returns"], running = scaled
+            rollout["rewards"], stats["returns"] = scaled_rewards(rollout, stats["returns"], actors, alive, args.gamma)
         seen = standardised(by_agent(rollout["obs"]), stats["obs"], args.obs_clip).to(args.device)
         mean, log_std, values = look(learners["weights"], (seen,))  # under the new statistics, as the update sees it
         values = values.cpu().unflatten(1, (-1, args.num_envs)).transpose(0, 1)  # [T+1, A, N]
         recorded = (rollout["rewards"], values, rollout["terminated"], rollout["truncated"])
-        batch = {name: by_agent(x) for name, x in {"actions": rollout["actions"], "values": values[:-1]}.items()}
-        batch |= {"valid": valid.float(), "advantages": by_agent(gae(*recorded, args.gamma, args.gae_lambda))}
+        batch = {"actions": by_agent(rollout["actions"]), "values": by_agent(values[:-1]), "valid": valid.float()}
+        batch["advantages"] = by_agent(gae(*recorded, args.gamma, args.gae_lambda))
         batch["returns"] = batch["advantages"] + batch["values"]  # V_targ, the TD(lambda) return
-        batch |= {name: x[:, :-args.num_envs] for name, x in {"obs": seen, "mean": mean, "log_std": log_std}.items()}
-        batch = {name: x.to(args.device).contiguous() for name, x in batch.items()}  # [A, B, ...]
+        batch |= {"obs": seen, "mean": mean, "log_std": log_std}  # and, as values, of the last observations: left out
+        batch = {name: x[:, : args.batch_size].to(args.device).contiguous() for name, x in batch.items()}
         batch["log_prob"] = gaussian_log_prob(batch["mean"], batch["log_std"], batch["actions"])
         if args.norm_adv == "batch":
-            batch["advantages"] = torch.vmap(standardise)(batch["advantages"], batch["valid"])
+            batch["advantages"] = standardise(batch["advantages"], batch["valid"])
 
         # UPDATE
         lr = args.learning_rate * (1 - state["update"] / args.num_updates if args.anneal_lr else 1)  # [detail 4]
@@ -614,10 +544,10 @@ def train(args: Args) -> tuple[dict, list[dict]]:
         learners["alive"] = alive.to(args.device)
         learners = update(step, learners, batch, knobs, orders, lr, args)
         mean, log_std, _ = look(learners["weights"], (batch["obs"],))
-        kl = torch.vmap(average)(gaussian_kl(batch["mean"], batch["log_std"], mean, log_std), batch["valid"])
-        metrics = {name: x / learners["counted"] for name, x in learners["sums"].items()} | {"kl_after_update": kl}
-        told = batch["values"], batch["returns"], batch["valid"]
-        metrics["explained_variance"] = torch.vmap(explained_variance)(*told)
+        metrics = {name: x / learners["sums"]["steps"] for name, x in learners["sums"].items() if name != "steps"}
+        kl = average(gaussian_kl(batch["mean"], batch["log_std"], mean, log_std), batch["valid"])
+        left, all_of_it = (variance(x, batch["valid"]) for x in (batch["returns"] - batch["values"], batch["returns"]))
+        metrics |= {"kl_after_update": kl, "explained_variance": (1 - left / all_of_it).nan_to_num(0.0, 0.0, 0.0)}
         run.seconds["update"] += time.perf_counter() - started
 
         # LOG
@@ -642,7 +572,7 @@ def train(args: Args) -> tuple[dict, list[dict]]:
         if state["update"] % args.checkpoint_every == 0 or state["update"] == args.num_updates:
             run.save(state, dims=dims, learners=learners, stats=stats, **rng)
             actors.envs.close()  # environments cannot be saved: every run, resumed or not, starts new episodes here
-            actors, running = start_actors(args, state["update"]), torch.zeros_like(running)
+            actors = start_actors(args, state["update"])
     actors.envs.close()
     trained = {"learners": learners, "stats": stats}
     return trained, run.finish(state, evaluate(trained, args, run.path))
@@ -654,18 +584,13 @@ def evaluate(trained: dict, args: Args, run_path: Path) -> list[list[float]]:
     firsts, episodes = [2**30 + stream(agent["seed"], "evaluation") for agent in args.agents], args.eval_episodes
     videos = run_path / "videos" if args.capture_video else None
     envs = make_envs(args, [first + i for first in firsts for i in range(episodes)], videos)
-    weights = {name: x.cpu() for name, x in trained["learners"]["weights"].items()}
-    rng = [torch.Generator().manual_seed(first) for first in firsts]
+    policy = policies(trained["learners"]["weights"], trained["stats"]["obs"], args.obs_clip)
+    rng, shape = [torch.Generator().manual_seed(first) for first in firsts], (episodes, envs.action_dim)
     obs, returns, running = envs.obs, np.zeros(len(envs.obs)), np.ones(len(envs.obs), bool)
     while running.any():
-        seen = torch.from_numpy(obs).float().unflatten(0, (-1, episodes))
-        actions = act(weights, standardised(seen, trained["stats"]["obs"], args.obs_clip))
-        if args.sample_actions:
-            noise = torch.stack([torch.randn(actions.shape[1:], generator=generator) for generator in rng])
-            actions = actions + noise * weights["log_std"].exp().unsqueeze(1)
-        sent = actions.flatten(0, 1).numpy()
-        sent = np.clip(sent, envs.actions.low, envs.actions.high) if args.clip_actions else sent
-        obs, rewards, terminated, truncated, _ = envs.step(sent)
+        noise = np.stack([torch.randn(shape, generator=generator) for generator in rng]) if args.sample_actions else 0.0
+        actions = policy(obs.astype(np.float32).reshape(len(firsts), episodes, -1), noise)
+        obs, rewards, terminated, truncated, _ = envs.step(actions)
         returns, running = returns + rewards * running, running & ~(terminated | truncated)
     envs.close()
     return returns.reshape(-1, episodes).tolist()
@@ -771,7 +696,7 @@ class Run:
         self.recent = saved["recent"] if saved else [[] for _ in self.agents]  # of the last 100 episodes
         clocks = ("wall", "first", *CLOCKS)  # first: up to the end of the first update, with any compilation
         self.seconds = saved["seconds"] if saved else dict.fromkeys(clocks, 0.0)
-        self.started = time.perf_counter() - self.seconds["wall"]
+        self.started, self.settled = time.perf_counter() - self.seconds["wall"], False
 
         script, seeds = Path(__file__).stem, "-".join(dict.fromkeys(str(agent["seed"]) for agent in self.agents))
         stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
@@ -849,6 +774,10 @@ class Run:
         """One row per agent in metrics.csv; None, and a mean over no episode, are left empty."""
         self.seconds["wall"] = time.perf_counter() - self.started
         self.seconds["first"] = self.seconds["first"] or self.seconds["wall"]
+        if not self.settled:  # all that exists after an update stays; searching it for garbage again cost 4% of a run
+            gc.collect()
+            gc.freeze()
+            self.settled = True
         for i, agent in enumerate(self.agents):
             returns, lengths = zip(*self.recent[i], strict=True) if self.recent[i] else ((), ())
             row = {"charts/episodic_return": np.mean(returns).item() if returns else None}
@@ -933,7 +862,59 @@ def parse_args(cls: type, argv: list[str]) -> Args:
     return args
 
 
-# -------------------------------------------------------------------------------------------------------- COMMANDS
+# ------------------------------------------------------------------------------------------------------ SETTING UP
+def choose_backend(args: Args) -> str:
+    """What --env-backend means here. Raises UserError where EnvPool is asked for and does not know the id."""
+    known = envpool.list_all_envs()
+    if args.env_backend == "envpool" and args.env_id not in known:
+        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(args.env_id, known, 1))
+        raise UserError(f"EnvPool does not know {args.env_id!r}{near}")
+    if args.env_backend == "auto":  # below four environments a pool's hand-over costs more than it saves
+        return "envpool" if args.env_id in known and args.num_envs * len(args.agents) >= 4 else "gymnasium"
+    return args.env_backend
+
+
+def check_machine(args: Args) -> None:
+    """Settles who simulates and whether updates are compiled. Raises UserError where --capture-video cannot render."""
+    args.env_backend = choose_backend(args)
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        print("note: no C++ compiler on this machine, so updates run eagerly, several times slower", file=sys.stderr)
+        args.compile = False
+    if args.capture_video:
+        open_env(args.env_id, render=True).close()
+
+
+def make_envs(args: Args, seeds: list[int], videos: Path | None = None) -> SimpleNamespace:
+    """One new environment per seed, autoreset on the next step in both backends: step, close, the first obs [., D], U,
+    the longest episode. step clips actions if it should. Raises UserError where that cannot be, or no space suits."""
+    try:
+        if args.env_backend == "envpool" and videos is None:
+            envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds)
+            observes, acts, longest = envs.observation_space, envs.action_space, envs.spec.config.max_episode_steps
+            obs, _ = envs.reset()
+        else:
+            folders = [videos / str(i) if videos else None for i in range(len(seeds))]
+            makers = [partial(open_env, args.env_id, videos is not None, folder) for folder in folders]
+            envs = gym.vector.SyncVectorEnv(makers, copy=False)  # what it returns is copied before the next step
+            observes, acts = envs.single_observation_space, envs.single_action_space
+            obs, longest = envs.reset(seed=seeds)[0], envs.envs[0].spec.max_episode_steps
+    except UserError:
+        raise
+    except Exception as reason:  # an environment's constructor may raise anything
+        raise UserError(f"cannot make the environment {args.env_id!r}: {reason}") from reason
+    for space, what in ((acts, f"takes {acts} actions"), (observes, f"observes {observes}")):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise UserError(f"{args.env_id} {what}; this script handles only one-dimensional Box spaces")
+    low, high = (acts.low, acts.high) if args.clip_actions else (-np.inf, np.inf)
+    return SimpleNamespace(
+        step=lambda actions: envs.step(actions.reshape(len(seeds), -1).clip(low, high)),
+        close=envs.close,
+        obs=obs,
+        action_dim=acts.shape[0],
+        longest=longest or 1000,
+    )
+
+
 def open_env(env_id: str, render: bool, videos: Path | None = None) -> gym.Env:
     """One environment for evaluation; with `render`, every episode is recorded into the folder `videos`.
 
@@ -953,6 +934,42 @@ def open_env(env_id: str, render: bool, videos: Path | None = None) -> gym.Env:
     return env
 
 
+def new_state(objectives: list[Objective]) -> dict:
+    """What a run counts, and for every agent its beta, its transitions, and the step at which it was frozen."""
+    state = {"update": 0, "global_step": 0, "beta": [objective.beta for objective in objectives]}
+    return state | {"transitions": [0] * len(objectives), "diverged_at": [None] * len(objectives)}
+
+
+def new_learners(args: Args, dims: tuple[int, int]) -> dict:
+    """What learning changes, stacked over agents [A, ...]: see gradient_step."""
+    weights = []
+    for agent in args.agents:
+        torch.manual_seed(stream(agent["seed"], "weights"))
+        weights.append({name: w.detach() for name, w in Agent(*dims).named_parameters()})
+    weights = {name: torch.stack([w[name] for w in weights]).to(args.device) for name in weights[0]}
+    zeros, ones = (torch.full((len(args.agents),), x, device=args.device) for x in (0.0, True))
+    losses = ("policy_loss", "value_loss", "entropy", "kl", "approx_kl", "old_approx_kl", "clipfrac", "grad_norm")
+    learners = {"weights": weights, "m": tree_map(torch.zeros_like, weights), "v": tree_map(torch.zeros_like, weights)}
+    learners |= {"t": zeros, "sums": {name: zeros.clone() for name in ("steps", *losses)}}
+    return learners | {"active": ones, "alive": ones.clone()}
+
+
+def new_stats(args: Args, dims: tuple[int, int]) -> dict[str, Batch]:
+    """Running statistics of the observations and of the discounted return, which have seen nothing yet."""
+    stats = {}
+    for name, width in (("obs", dims[0]), ("returns", 1)):
+        zeros = torch.zeros(len(args.agents), width).double()
+        stats[name] = {"count": zeros[:, :1].clone(), "mean": zeros, "var": torch.ones_like(zeros)}
+    return stats
+
+
+def new_generators(args: Args) -> dict[str, torch.Generator]:
+    """What draws noise and minibatches, for every seed; objectives with one seed share the draws."""
+    names = [(name, seed) for name in ("actions", "minibatches") for seed in args.seeds]
+    return {f"{name} {seed}": torch.Generator().manual_seed(stream(seed, name)) for name, seed in names}
+
+
+# -------------------------------------------------------------------------------------------------------- COMMANDS
 def load_agent(run_dir: str) -> tuple[dict, Args]:
     """The trained agents of a run folder, on the CPU, and the flags. Raises UserError where there is no checkpoint."""
     args, saved = load_run(Args, run_dir)

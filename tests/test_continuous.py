@@ -5,6 +5,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_a_term_that_an_objective_lacks_cannot_spoil_its_gradient():
 def test_running_statistics_are_those_of_all_valid_rows_at_once():
     rng = np.random.default_rng(0)
     rows, valid = rng.normal(3, 5, (2, 90, 4)), rng.random((2, 90)) > 0.3
-    stats = ppo.new_stats(2, 4)
+    stats = ppo.new_stats(arguments(seeds=(1, 2)), (4, 2))["obs"]
     for part in np.split(np.arange(90), 3):
         stats = ppo.merge(stats, torch.tensor(rows[:, part]), torch.tensor(valid[:, part]), torch.ones(2) > 0)
     for agent in range(2):
@@ -178,7 +179,7 @@ def test_an_update_in_a_crowd_is_the_update_alone(flags):
         single = learned(alone, {name: x[i : i + 1] for name, x in batch.items()})
         for name, x in single["weights"].items():
             torch.testing.assert_close(together["weights"][name][i], x[0], rtol=1e-4, atol=1e-6)
-        assert together["counted"][i] == single["counted"][0]
+        assert together["sums"]["steps"][i] == single["sums"]["steps"][0]
 
 
 def test_the_vmapped_step_is_the_step_of_one_agent():
@@ -244,7 +245,7 @@ def test_both_backends_end_episodes_alike(backend, env_id, terminates):
     actors, dims = ppo.start_actors(args, 0), {"HalfCheetah-v4": (17, 6), "Hopper-v4": (11, 3)}[env_id]
     noise = torch.randn(1005, 2, 1, dims[1], generator=torch.Generator().manual_seed(0))
     weights, seconds = ppo.new_learners(args, dims)["weights"], {"policy": 0.0, "environment": 0.0}
-    rollout, episodes = ppo.collect(weights, ppo.new_stats(2, dims[0]), actors, noise, args, seconds)
+    rollout, episodes = ppo.collect(weights, ppo.new_stats(args, dims)["obs"], actors, noise, args, seconds)
     ended = rollout["terminated"] | rollout["truncated"]
     assert torch.equal(rollout["valid"][1:], ~ended[:-1]) and rollout["valid"][0].all()
     assert (rollout["rewards"][~rollout["valid"]] == 0).all() and not ended[~rollout["valid"]].any()
@@ -259,14 +260,14 @@ def test_both_backends_end_episodes_alike(backend, env_id, terminates):
     assert episodes[0][0][1] == pytest.approx(total, rel=1e-4)
 
 
-def test_the_raw_action_is_stored_and_the_clipped_one_is_sent():
-    args = arguments(env_id="Pendulum-v1", seeds=(1,))
-    actors, sent = ppo.start_actors(args, 0), []
-    step, args.clip_actions = actors.envs.step, True
-    actors.envs.step = lambda actions: sent.append(actions.copy()) or step(actions)
+def test_the_raw_action_is_stored_and_the_clipped_one_is_sent(monkeypatch):
+    args, sent, step = arguments(env_id="Pendulum-v1", seeds=(1,)), [], gym.vector.SyncVectorEnv.step
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", lambda self, a: sent.append(a.copy()) or step(self, a))
+    actors = ppo.start_actors(args, 0)
     weights = ppo.new_learners(args, (3, 1))["weights"]
     noise = 5 * torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    rollout, _ = ppo.collect(weights, ppo.new_stats(1, 3), actors, noise, args, {"policy": 0.0, "environment": 0.0})
+    stats, seconds = ppo.new_stats(args, (3, 1))["obs"], {"policy": 0.0, "environment": 0.0}
+    rollout, _ = ppo.collect(weights, stats, actors, noise, args, seconds)
     assert rollout["actions"].abs().max() > 4 and np.abs(sent).max() == 2.0
 
 
