@@ -493,7 +493,7 @@ def train(args: Args) -> tuple[dict, list[dict]]:
     agents, objectives = args.agents, [parse_objective(agent["objective"]) for agent in args.agents]
     state = saved["state"] if saved else new_state(objectives)
     actors = start_actors(args, state["update"])
-    dims = actors.obs.shape[-1], actors.envs.action_dim
+    dims = actors.obs.shape[-1], actors.envs.actions.shape[0]
     learners = saved["learners"] if saved else new_learners(args, dims)
     stats = saved["stats"] if saved else new_stats(args, dims)
     rng = new_generators(args)
@@ -585,7 +585,7 @@ def evaluate(trained: dict, args: Args, run_path: Path) -> list[list[float]]:
     videos = run_path / "videos" if args.capture_video else None
     envs = make_envs(args, [first + i for first in firsts for i in range(episodes)], videos)
     policy = policies(trained["learners"]["weights"], trained["stats"]["obs"], args.obs_clip)
-    rng, shape = [torch.Generator().manual_seed(first) for first in firsts], (episodes, envs.action_dim)
+    rng, shape = [torch.Generator().manual_seed(first) for first in firsts], (episodes, *envs.actions.shape)
     obs, returns, running = envs.obs, np.zeros(len(envs.obs)), np.ones(len(envs.obs), bool)
     while running.any():
         noise = np.stack([torch.randn(shape, generator=generator) for generator in rng]) if args.sample_actions else 0.0
@@ -885,8 +885,8 @@ def check_machine(args: Args) -> None:
 
 
 def make_envs(args: Args, seeds: list[int], videos: Path | None = None) -> SimpleNamespace:
-    """One new environment per seed, autoreset on the next step in both backends: step, close, the first obs [., D], U,
-    the longest episode. step clips actions if it should. Raises UserError where that cannot be, or no space suits."""
+    """One new environment per seed, autoreset on the next step in both backends: step, close, the first obs [., D],
+    the action space, the longest episode. step clips actions if it should. Raises UserError where nothing suits."""
     try:
         if args.env_backend == "envpool" and videos is None:
             envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds)
@@ -910,7 +910,7 @@ def make_envs(args: Args, seeds: list[int], videos: Path | None = None) -> Simpl
         step=lambda actions: envs.step(actions.reshape(len(seeds), -1).clip(low, high)),
         close=envs.close,
         obs=obs,
-        action_dim=acts.shape[0],
+        actions=acts,
         longest=longest or 1000,
     )
 
