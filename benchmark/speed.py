@@ -1,22 +1,26 @@
 """Steps per second, side by side with other implementations of the same algorithm at the same setting.
 
-    python benchmark/speed.py
-    python benchmark/speed.py --contestants ours sb3 sb3-default     # on an idle machine only
+    python benchmark/speed.py                        # every suite whose peers are installed; on an idle machine only
+    python benchmark/speed.py mujoco --rounds 3
+    python benchmark/speed.py mujoco --contestants one sb3
 
-Every measurement is a process of its own, and the contestants take turns, round after round, so that a slow minute of
-the machine strikes all of them alike. Compared are ratios within a round. Writes benchmark/results/speed/: speed.csv,
-a row per measurement, and summary.md, the table that is also printed. To measure more, add a Contestant.
+Every measurement is a process of its own, and the contestants of a suite take turns, round after round, so that a slow
+minute of the machine strikes all of them alike. Compared are ratios within a round. Writes benchmark/results/speed/:
+SUITE.csv, a row per measurement, and SUITE.md, the table that is also printed. To measure more, add a Contestant.
 """
 
 import contextlib
 import datetime
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -27,157 +31,267 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo_cartpole
+import ppo_continuous
 from benchmark import Parser, UserError, cli, machine, markdown, positive, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results/speed"
-Measure = Callable[[int, int], tuple[float, float | None]]  # total_timesteps, torch threads or 0 for the default
+CORES = os.cpu_count() or 1
+GRID = {"seeds": (1, 2, 3)}  # 33 agents, a column of the paper's Table 1
+GRID["objectives"] = ("none", "clip:0.1", "clip:0.2", "clip:0.3", "adaptive:0.003", "adaptive:0.01", "adaptive:0.03")
+GRID["objectives"] += ("kl:0.3", "kl:1", "kl:3", "kl:10")
 
 
-def cartpole(total_timesteps: int, threads: int, compile: bool = False) -> tuple[float, float]:
-    """ppo_cartpole.py, which sets its one thread by itself: steps/s after the first update, seconds until its end."""
+# ------------------------------------------------------------------------------------------------------ MEASUREMENTS
+def ours(script, total_timesteps: int, threads: int, **flags) -> dict:
+    """A run of one of the scripts, which set their threads themselves: timed from the end of the first update."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cache"  # empty: what a first run pays for compiling
         run_dir = Path(folder, "run")
-        args = ppo_cartpole.Args(total_timesteps=total_timesteps, compile=compile, run_dir=str(run_dir))
-        _, (summary,) = ppo_cartpole.train(args)
-        return summary["sps"], ppo_cartpole.load_checkpoint(run_dir / "checkpoint.pt")["seconds"]["first"]
+        args = script.Args(total_timesteps=total_timesteps, run_dir=str(run_dir), eval_episodes=1, **flags)
+        _, (summary, *_) = script.train(args)
+        first = script.load_checkpoint(run_dir / "checkpoint.pt")["seconds"]["first"]
+        return {"steps_per_second": summary["sps"], "first_update_seconds": first}
 
 
-def sb3(total_timesteps: int, threads: int) -> tuple[float, None]:
-    """Stable-Baselines3 at the defaults of ppo_cartpole.py, from which its own network does not differ: steps/s of a
-    learn() as long as what is timed of ours, after a learn() of two rollouts."""
+def learned(model, args) -> dict:
+    """Stable-Baselines3's or SBX's model: timed over as many steps as ours, after a learn() of two rollouts."""
+    start = time.perf_counter()
+    model.learn(args.batch_size)
+    first = time.perf_counter() - start
+    model.learn(args.batch_size)
+    start = time.perf_counter()
+    model.learn(args.batch_size * (args.num_updates - 1))
+    return {"steps_per_second": model.num_timesteps / (time.perf_counter() - start), "first_update_seconds": first}
+
+
+def common(args) -> dict:
+    """What PPO of Stable-Baselines3 and of SBX is told."""
+    told = {"n_steps": args.num_steps, "batch_size": args.batch_size // args.num_minibatches, "seed": 1}
+    told |= {"n_epochs": args.update_epochs, "gamma": args.gamma, "gae_lambda": args.gae_lambda, "clip_range": 0.2}
+    told |= {"ent_coef": args.ent_coef, "vf_coef": args.vf_coef, "max_grad_norm": args.max_grad_norm}
+    return told | {"learning_rate": lambda left: args.learning_rate * left}
+
+
+def sb3_cartpole(total_timesteps: int, threads: int) -> dict:
+    """At the defaults of ppo_cartpole.py, from which its own network does not differ."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
     if threads:
         torch.set_num_threads(threads)
     args = ppo_cartpole.Args(total_timesteps=total_timesteps)
-    model = PPO(
-        "MlpPolicy",
-        make_vec_env(args.env_id, args.num_envs),
-        learning_rate=lambda left: args.learning_rate * left,
-        n_steps=args.num_steps,
-        batch_size=args.batch_size // args.num_minibatches,
-        n_epochs=args.update_epochs,
-        gamma=args.gamma,
-        gae_lambda=args.gae_lambda,
-        clip_range=ppo_cartpole.parse_objective(args.objective).epsilon,
-        ent_coef=args.ent_coef,
-        vf_coef=args.vf_coef,
-        max_grad_norm=args.max_grad_norm,
-        seed=args.seed,
-        device="cpu",
-    )
-    model.learn(2 * args.batch_size)
+    return learned(PPO("MlpPolicy", make_vec_env(args.env_id, args.num_envs), device="cpu", **common(args)), args)
+
+
+def cheetah(total_timesteps: int) -> tuple:
+    """The flags of the modern preset, and HalfCheetah-v4 with the same normalisation, in Stable-Baselines3's way."""
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    args = ppo_continuous.Args(total_timesteps=total_timesteps)
+    args.check()
+    return args, VecNormalize(make_vec_env(args.env_id, args.num_envs), gamma=args.gamma)
+
+
+def sb3_mujoco(total_timesteps: int, threads: int) -> dict:
+    """At the modern preset of ppo_continuous.py, from which its own network does not differ."""
+    from stable_baselines3 import PPO
+
+    torch.set_num_threads(threads)
+    args, envs = cheetah(total_timesteps)
+    return learned(PPO("MlpPolicy", envs, device="cpu", **common(args)), args)
+
+
+def sbx_mujoco(total_timesteps: int, threads: int) -> dict:
+    """The same in JAX; its XLA takes the threads it wants."""
+    from sbx import PPO
+
+    args, envs = cheetah(total_timesteps)
+    return learned(PPO("MlpPolicy", envs, **common(args)), args)
+
+
+def crowd(suite: str, key: str, total_timesteps: int, threads: int) -> dict:
+    """A contestant once per core, all at the same time, speeds added."""
+    flags = f"{suite} --worker {key} --total-timesteps {total_timesteps} --threads {threads}"
+    command = [sys.executable, __file__, *flags.split()]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(CORES)]
+    results = [json.loads(process.communicate()[0]) for process in started]
+    first = max(result["first_update_seconds"] for result in results)
+    total = {name: sum(result[name] for result in results) for name in ("steps_per_second", "memory_gb")}
+    return total | {"first_update_seconds": first}
+
+
+def simulators(agents: int, total_timesteps: int, threads: int) -> dict:
+    """The environments of so many agents alone, stepped with noise: the ceiling."""
+    args = ppo_continuous.Args(total_timesteps=total_timesteps, seeds=tuple(range(agents)))
+    args.check()
+    ppo_continuous.check_machine(args)
+    actors, steps = ppo_continuous.start_actors(args, 0), max(1, total_timesteps // agents)
+    actions = np.random.default_rng(0).normal(size=(steps, agents, *actors.envs.actions.shape)).astype(np.float32)
     start = time.perf_counter()
-    model.learn(args.batch_size * (args.num_updates - 1))
-    return model.num_timesteps / (time.perf_counter() - start), None
+    for action in actions:
+        actors.envs.step(action)
+    return {"steps_per_second": steps * agents / (time.perf_counter() - start), "first_update_seconds": None}
 
 
+# -------------------------------------------------------------------------------------------------------- CONTESTANTS
 class Contestant(NamedTuple):
     title: str
-    measure: Measure
-    peer: str  # the contestant that its speed is divided by
-    threads: int | None = None  # torch threads, 0 for the default; None takes --threads
+    measure: Callable[[int, int], dict]  # total_timesteps, torch threads or 0 for the default
+    threads: int | None = None  # None takes --threads
+    agents: int = 1  # that learn in it at a time, or whose environments these are
+    cores: int = 1  # that it keeps busy
+    share: float = 1.0  # of --total-timesteps, per agent: so that each takes about as long
 
 
-CONTESTANTS = {
-    "ours": Contestant("ppo_cartpole.py", cartpole, "sb3", 1),
-    "ours-compile": Contestant("ppo_cartpole.py --compile", lambda *a: cartpole(*a, compile=True), "sb3", 1),
-    "sb3": Contestant("Stable-Baselines3 PPO", sb3, "sb3"),
-    # not by default: with a thread per core, its speed swings many times over on a machine that does anything else
-    "sb3-default": Contestant("Stable-Baselines3 PPO, its default threads", sb3, "sb3", 0),
+class Suite(NamedTuple):
+    note: str  # what is compared, for the report
+    peer: str  # the contestant that all speeds are divided by
+    contestants: dict[str, Contestant]
+    default: tuple[str, ...]
+    timesteps: int  # of one measurement
+    batch: int  # steps of an update
+
+
+MUJOCO = partial(ours, ppo_continuous)
+SUITES = {
+    "cartpole": Suite(
+        "CartPole-v1 at the defaults of ppo_cartpole.py in all: 32 environments x 64 steps, 4 epochs of 32 "
+        "minibatches, separate tanh networks of 64-64 for policy and value, Adam, on the CPU. ppo_cartpole.py always "
+        "takes one torch thread. Each makes its environments in its usual way: Gymnasium's make_vec, which has a "
+        "CartPole in NumPy for all at once, and make_vec_env, a loop over single ones.",
+        "sb3",
+        {
+            "ours": Contestant("ppo_cartpole.py", partial(ours, ppo_cartpole), 1),
+            "ours-compile": Contestant("ppo_cartpole.py --compile", partial(ours, ppo_cartpole, compile=True), 1),
+            "sb3": Contestant("Stable-Baselines3 PPO", sb3_cartpole),
+            # not by default: with a thread per core, its speed swings many times over on a machine that does more
+            "sb3-default": Contestant("Stable-Baselines3 PPO, its default threads", sb3_cartpole, 0),
+        },
+        ("ours", "ours-compile", "sb3"),
+        100_000,
+        ppo_cartpole.Args().batch_size,
+    ),
+    "mujoco": Suite(
+        "HalfCheetah-v4 at the defaults of ppo_continuous.py in all, the paper's Table 3: one environment x 2048 steps "
+        "per agent, 10 epochs of 32 minibatches, separate tanh networks of 64-64, observations and rewards normalised, "
+        "Adam, on the CPU. The 33 agents are a column of the paper's Table 1, 11 objectives x 3 seeds; they learn in "
+        "one process, whose updates take a thread per core.",
+        "sb3",
+        {
+            "one": Contestant("ppo_continuous.py, one agent", MUJOCO, 1),
+            "one-eager": Contestant("ppo_continuous.py --no-compile, one agent", partial(MUJOCO, compile=False), 1),
+            "grid": Contestant("ppo_continuous.py, 33 agents", partial(MUJOCO, **GRID), CORES, 33, CORES, 1 / 4),
+            "sb3": Contestant("Stable-Baselines3 PPO", sb3_mujoco),
+            "sb3-crowd": Contestant(
+                "Stable-Baselines3 PPO, a process per core", partial(crowd, "mujoco", "sb3"), 1, CORES, CORES
+            ),
+            "sbx": Contestant("SBX PPO (JAX)", sbx_mujoco),
+            "simulator": Contestant("the environment alone, Gymnasium", partial(simulators, 1), 1),
+            "simulators": Contestant("33 environments alone, EnvPool", partial(simulators, 33), 1, 33, CORES, 1 / 4),
+        },
+        ("one", "grid", "sb3", "sb3-crowd", "simulator", "simulators"),
+        40_960,
+        ppo_continuous.Args().batch_size,
+    ),
 }
-DEFAULT = ["ours", "ours-compile", "sb3"]
 
 
-def work(key: str, total_timesteps: int, threads: int) -> None:
+# ---------------------------------------------------------------------------------------------------------- SITTINGS
+def work(suite: str, key: str, total_timesteps: int, threads: int) -> None:
     """--worker: one measurement, printed as one line of JSON."""
-    own = CONTESTANTS[key].threads
+    contestant = SUITES[suite].contestants[key]
     with contextlib.redirect_stdout(sys.stderr):
-        speed, first = CONTESTANTS[key].measure(total_timesteps, threads if own is None else own)
-    result = {"steps_per_second": speed, "first_update_seconds": first, "threads": torch.get_num_threads()}
-    print(json.dumps(result))
+        result = contestant.measure(total_timesteps, threads if contestant.threads is None else contestant.threads)
+    mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of kilobytes, on Linux
+    print(json.dumps({"memory_gb": mine} | result | {"threads": torch.get_num_threads()}))
 
 
-def measure(key: str, total_timesteps: int, threads: int) -> dict:
+def measure(suite: str, key: str, total_timesteps: int, threads: int) -> dict:
     """What work() prints in a process of its own. Raises UserError where that fails."""
-    flags = f"--worker {key} --total-timesteps {total_timesteps} --threads {threads}"
+    flags = f"{suite} --worker {key} --total-timesteps {total_timesteps} --threads {threads}"
     done = subprocess.run([sys.executable, __file__, *flags.split()], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{CONTESTANTS[key].title} cannot be measured: {done.stderr.strip().rpartition(chr(10))[2]}")
+        why = done.stderr.strip().rpartition("\n")[2]
+        raise UserError(f"{SUITES[suite].contestants[key].title} cannot be measured: {why}")
     return json.loads(done.stdout)
 
 
-def table(rows: list[dict]) -> list[dict]:
-    """Rows of speed.csv -> rows of summary.md: medians over the rounds, of speeds and of ratios within a round."""
-    measured = {}
+def table(suite: Suite, rows: list[dict]) -> list[dict]:
+    """Rows of SUITE.csv -> rows of SUITE.md: medians over the rounds, of speeds and of ratios within a round."""
+    measured, lines, peer = {}, [], suite.contestants[suite.peer].title
     for row in rows:
         measured.setdefault(row["contestant"], []).append(row)
     speeds = {title: np.array([row["steps_per_second"] for row in mine]) for title, mine in measured.items()}
-    lines = []
-    for title, peer in ((c.title, CONTESTANTS[c.peer].title) for c in CONTESTANTS.values() if c.title in measured):
-        first = [row["first_update_seconds"] for row in measured[title] if row["first_update_seconds"] is not None]
-        ratios = speeds[title] / speeds[peer] if peer in speeds else None
-        shown = "" if ratios is None else f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
-        line = {"contestant": title, "torch threads": measured[title][0]["threads"]}
-        line |= {"steps/s": f"{np.median(speeds[title]):,.0f}", f"times {peer}": shown}
-        lines.append(line | {"first update, s": f"{np.median(first):.1f}" if first else ""})
+    for contestant in suite.contestants.values():
+        if (title := contestant.title) in measured:
+            first = [row["first_update_seconds"] for row in measured[title] if row["first_update_seconds"] is not None]
+            ratios = speeds[title] / speeds[peer] if peer in speeds else None
+            shown = "" if ratios is None else f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+            speed, memory = np.median(speeds[title]), np.median([row["memory_gb"] for row in measured[title]])
+            line = {"contestant": title, "torch threads": measured[title][0]["threads"], "steps/s": f"{speed:,.0f}"}
+            line |= {"per agent": f"{speed / contestant.agents:,.0f}", "per core": f"{speed / contestant.cores:,.0f}"}
+            line |= {f"times {peer}": shown, "first update, s": f"{np.median(first):.1f}" if first else ""}
+            lines.append(line | {"memory, GB": f"{memory:.1f}"})
     return lines
 
 
-NOTE = """# Speed
-
-{args.env_id} at the defaults of ppo_cartpole.py in all: {args.num_envs} environments x {args.num_steps} steps,
-{args.update_epochs} epochs of {args.num_minibatches} minibatches, separate tanh networks of 64-64 for policy and value,
-Adam, on the CPU. Timed are {timed:,} steps after the warm-up. Medians of {rounds} rounds, ratios within a round (in
-brackets the smallest and the largest). ppo_cartpole.py always takes one torch thread, Stable-Baselines3 by default
-all that torch offers. Each makes its environments in its usual way: Gymnasium's make_vec, which has a CartPole in
-NumPy for all at once, and make_vec_env, a loop over single ones. The first update contains compilation, from an empty
-cache.
-
-{about}
-
-"""
-
-
-def compare(keys: list[str], rounds: int, total_timesteps: int, threads: int) -> None:
-    """Measure, write speed.csv and summary.md, print the table. Raises UserError."""
-    args = ppo_cartpole.Args(total_timesteps=total_timesteps)
-    if args.num_updates < 2:
-        raise UserError(f"--total-timesteps must be above {args.batch_size}: the first update is not timed")
+def compare(name: str, keys: list[str], rounds: int, total_timesteps: int, threads: int) -> None:
+    """Measure, write SUITE.csv and SUITE.md, print the table. Raises UserError."""
+    suite = SUITES[name]
+    if total_timesteps <= suite.batch:
+        raise UserError(f"--total-timesteps must be above {suite.batch}: the first update is not timed")
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     about = {"started": datetime.datetime.now().isoformat(timespec="seconds")}
     about["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    about |= {name: version(name) for name in ("torch", "gymnasium", "stable-baselines3")}
+    packages = ["torch", "gymnasium", "envpool", "stable-baselines3"] + ["sbx-rl", "jax"] * ("sbx" in keys)
+    about |= {package: version(package) for package in packages}
     about |= {"python": sys.version.split()[0]} | machine()
-    timed, rows = args.batch_size * (args.num_updates - 1), []
+    rows = []
     with tqdm(total=rounds * len(keys), unit=" runs", disable=None) as bar:
         for i in range(rounds):
             for key in keys:
-                row = {"round": i + 1, "contestant": CONTESTANTS[key].title, "timed_steps": timed}
-                rows.append(row | measure(key, total_timesteps, threads) | about)
+                contestant = suite.contestants[key]
+                steps = max(round(total_timesteps * contestant.share), 2 * suite.batch)
+                row = {"round": i + 1, "contestant": contestant.title, "total_timesteps": steps}
+                rows.append(row | measure(name, key, steps, threads) | about)
                 bar.update()
-    write_csv(RESULTS / "speed.csv", rows)
-    said = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items())
-    note = NOTE.format(args=args, timed=timed, rounds=rounds, about=said)
-    (RESULTS / "summary.md").write_text(note + markdown(table(rows)))
-    print(markdown(table(rows)), end="")
+    write_csv(RESULTS / f"{name}.csv", rows)
+    note = (
+        f"{suite.note} Medians of {rounds} rounds, ratios within a round (in brackets the smallest and the largest); "
+    )
+    note += "steps/s after the first update, which contains compilation, from an empty cache; memory is the peak."
+    said = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items())
+    note = f"# Speed: {name}\n\n{textwrap.fill(note, 120)}\n\n{said}\n\n"
+    (RESULTS / f"{name}.md").write_text(note + markdown(table(suite, rows)))
+    print(markdown(table(suite, rows)), end="")
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("Steps per second side by side, in alternating processes.")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=DEFAULT, help="who takes part")
+    parser.add_argument("suites", nargs="*", help=f"any of {', '.join(SUITES)}; all where none is named")
+    parser.add_argument("--contestants", nargs="+", help="who takes part, of one suite; by default its usual ones")
     parser.add_argument("--rounds", type=positive, default=5, help="measurements of each contestant")
-    parser.add_argument("--total-timesteps", type=positive, default=100_000, help="steps of one measurement")
-    parser.add_argument("--threads", type=positive, default=1, help="torch threads of the peers; ours always takes 1")
-    parser.add_argument("--worker", choices=CONTESTANTS, help="measure one contestant here and print a line of JSON")
+    parser.add_argument("--total-timesteps", type=positive, help="steps of one measurement; by default the suite's")
+    parser.add_argument("--threads", type=positive, default=1, help="torch threads of the peers")
+    parser.add_argument("--worker", help="measure one contestant here and print a line of JSON")
     args = parser.parse_args(argv)
-    if args.worker:
-        work(args.worker, args.total_timesteps, args.threads)
-    else:
-        compare(args.contestants, args.rounds, args.total_timesteps, args.threads)
+    chosen = args.suites or list(SUITES)
+    for name in chosen:
+        if name not in SUITES:
+            raise UserError(f"{name!r} is no suite: {', '.join(SUITES)}")
+    if args.contestants and len(chosen) > 1:
+        raise UserError("--contestants goes with one suite")
+    for key in [*(args.contestants or ()), *([args.worker] if args.worker else ())]:
+        if key not in SUITES[chosen[0]].contestants:
+            raise UserError(f"{key!r} is no contestant of {chosen[0]}: {', '.join(SUITES[chosen[0]].contestants)}")
+    for name in chosen:
+        steps = args.total_timesteps or SUITES[name].timesteps
+        if args.worker:
+            work(name, args.worker, steps, args.threads)
+        else:
+            compare(name, args.contestants or list(SUITES[name].default), args.rounds, steps, args.threads)
 
 
 if __name__ == "__main__":

@@ -265,42 +265,59 @@ def test_walltime_measures_whole_processes(toy, monkeypatch):
 def test_speed_has_a_row_per_contestant_and_a_ratio(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "RESULTS", tmp_path)
     keys = ["ours", "sb3"]  # to compile takes longer than all other tests
-    speed.main(["--contestants", *keys, "--rounds", "1", "--total-timesteps", "6144"])
-    rows = read_csv(tmp_path / "speed.csv")
-    assert [row["contestant"] for row in rows] == [speed.CONTESTANTS[key].title for key in keys]
-    assert all(row["threads"] == "1" and row["timed_steps"] == "4096" for row in rows)
-    assert float(rows[0]["first_update_seconds"]) > 0 and rows[1]["first_update_seconds"] == ""
+    speed.main(["cartpole", "--contestants", *keys, "--rounds", "1", "--total-timesteps", "6144"])
+    rows = read_csv(tmp_path / "cartpole.csv")
+    assert [row["contestant"] for row in rows] == [speed.SUITES["cartpole"].contestants[key].title for key in keys]
+    assert all(row["threads"] == "1" and row["total_timesteps"] == "6144" for row in rows)
+    assert all(float(row["first_update_seconds"]) > 0 and float(row["memory_gb"]) > 0.1 for row in rows)
     ours, theirs = (float(row["steps_per_second"]) for row in rows)
     printed = capsys.readouterr().out
     assert f"| {ours / theirs:.2f} (" in printed and "| 1.00 (" in printed
-    assert (tmp_path / "summary.md").read_text().endswith(printed)
+    assert (tmp_path / "cartpole.md").read_text().endswith(printed)
+
+
+@pytest.mark.parametrize("key", ["one-eager", "sb3", "sb3-crowd", "simulator", "simulators"])
+def test_speed_measures_every_kind_of_contestant(key, capsys):
+    speed.main(["mujoco", "--worker", key, "--total-timesteps", "4096"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["steps_per_second"] > 0 and printed["threads"] == 1
 
 
 @pytest.mark.parametrize("key, expected", [("ours", 1), ("sb3", 3), ("sb3-default", 0)])
 def test_speed_gives_threads_to_peers_alone(key, expected, monkeypatch, capsys):
-    spy = speed.CONTESTANTS[key]._replace(measure=lambda total_timesteps, threads: (total_timesteps, threads))
-    monkeypatch.setitem(speed.CONTESTANTS, key, spy)
-    speed.main(["--worker", key, "--threads", "3", "--total-timesteps", "7"])
-    printed = json.loads(capsys.readouterr().out)
-    assert (printed["steps_per_second"], printed["first_update_seconds"]) == (7, expected)
+    contestants = speed.SUITES["cartpole"].contestants
+    spy = contestants[key]._replace(measure=lambda total_timesteps, threads: {"seen": (total_timesteps, threads)})
+    monkeypatch.setitem(contestants, key, spy)
+    speed.main(["cartpole", "--worker", key, "--threads", "3", "--total-timesteps", "7"])
+    assert json.loads(capsys.readouterr().out)["seen"] == [7, expected]
 
 
-def test_speed_takes_ratios_within_a_round():
+def test_speed_takes_ratios_within_a_round_and_shares_among_agents_and_cores():
+    suite = speed.SUITES["mujoco"]
+
     def rows(speeds):
         return [
-            {"contestant": c.title, "steps_per_second": v, "threads": 1, "first_update_seconds": None}
+            {"contestant": suite.contestants[key].title, "steps_per_second": v, "threads": 1, "memory_gb": 0.5}
+            | {"first_update_seconds": None}
             for round_ in speeds
-            for c, v in zip((speed.CONTESTANTS["ours"], speed.CONTESTANTS["sb3"]), round_, strict=True)
+            for key, v in zip(("grid", "sb3"), round_, strict=True)
         ]
 
-    ours, theirs = speed.table(rows([(300, 100), (400, 200), (500, 100)]))  # the ratio of medians would be 4
-    assert ours["times Stable-Baselines3 PPO"] == "3.00 (2.00 to 5.00)" and ours["steps/s"] == "400"
+    ours, theirs = speed.table(suite, rows([(3300, 1000), (6600, 2000), (9900, 1000)]))  # of medians: 6.6
+    assert ours["times Stable-Baselines3 PPO"] == "3.30 (3.30 to 9.90)" and ours["steps/s"] == "6,600"
+    assert ours["per agent"] == "200" and ours["per core"] == f"{6600 / speed.CORES:,.0f}"
     assert theirs["times Stable-Baselines3 PPO"] == "1.00 (1.00 to 1.00)"
 
 
 def test_speed_refuses_what_it_cannot_time(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "RESULTS", tmp_path / "results")
-    for flags, complaint in {"--total-timesteps 2048": "first update", "--rounds 0": "at least 1"}.items():
+    for flags, complaint in {
+        "cartpole --total-timesteps 2048": "first update",
+        "cartpole --rounds 0": "at least 1",
+        "chess": "no suite",
+        "cartpole --contestants one": "no contestant",
+        "--contestants sb3": "one suite",
+    }.items():
         with pytest.raises(UserError, match=complaint):
             speed.main(flags.split())
     assert not (tmp_path / "results").exists()

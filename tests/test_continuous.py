@@ -271,6 +271,29 @@ def test_the_raw_action_is_stored_and_the_clipped_one_is_sent(monkeypatch):
     assert rollout["actions"].abs().max() > 4 and np.abs(sent).max() == 2.0
 
 
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+def test_a_time_limit_is_bootstrapped_and_the_raw_action_is_scored(backend, tmp_path, monkeypatch):
+    seen, gae, update = {}, ppo.gae, ppo.update
+    monkeypatch.setattr(ppo, "gae", lambda *recorded: seen.setdefault("gae", (recorded, gae(*recorded)))[1])
+    monkeypatch.setattr(ppo, "update", lambda *given: seen.setdefault("given", given) and update(*given))
+    flags = {"num_steps": 1024, "total_timesteps": 1024, "update_epochs": 1, "env_backend": backend}
+    ppo.train(Args(**SMALL | flags, norm_adv="none", scale_rewards=False, run_dir=str(tmp_path / "run")))
+    (rewards, values, _, truncated, *_), advantages = seen["gae"]
+    _, learners, batch, *_ = seen["given"]
+    assert truncated.nonzero().tolist() == [[999, 0, 0]]  # HalfCheetah ends by its time limit alone
+    weights = {name: x[0] for name, x in learners["weights"].items()}
+    final, last = torch.func.functional_call(Agent(17, 6), weights, batch["obs"][0, [1000, 999]])[2]
+    torch.testing.assert_close(values[[1000, 999], 0, 0], torch.stack([final, last]))
+    assert (advantages[999] - (rewards[999] + 0.99 * final - last)).abs() < 1e-4 and rewards[1000] == 0
+    assert batch["valid"][0].tolist() == [row != 1000 for row in range(1024)]
+
+    actions = batch["actions"][0]
+    mean, log_std, _ = torch.func.functional_call(Agent(17, 6), weights, batch["obs"][0])
+    density = Independent(Normal(mean, log_std.exp()), 1).log_prob(actions)
+    assert actions.abs().max() > 2  # far outside the bounds, which the environment was given
+    torch.testing.assert_close(batch["log_prob"][0], density)  # so the ratio of the first minibatch is 1
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     flags = {"env_id": "InvertedPendulum-v4", "seeds": (1, 2), "objectives": ("clip:0.2", "adaptive:0.01")}
     flags |= {"total_timesteps": 64 * 6, "checkpoint_every": 2}
