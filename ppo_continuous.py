@@ -248,7 +248,7 @@ def parse_objective(text: str) -> Objective:
 def start_actors(args: Args, update: int) -> SimpleNamespace:
     """The N actors of Algorithm 1 for each of A agents, in new environments; the seeds depend on the agent's alone."""
     firsts, shape = [stream(agent["seed"], "environments", update) for agent in args.agents], (-1, args.num_envs)
-    envs = make_envs(args, [first + i for first in firsts for i in range(args.num_envs)])
+    envs = make_envs(args, [first + i for first in firsts for i in range(args.num_envs)])  # [detail 1]
     returns, lengths, discounted = np.zeros((3, len(firsts), args.num_envs))  # of the episode that each is in
     now = {"obs": envs.obs.reshape(*shape, envs.obs.shape[-1]), "ended": returns > 0}
     return SimpleNamespace(envs=envs, **now, returns=returns, lengths=lengths, discounted=discounted)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("ppo_cartpole.py",)
+SCRIPTS = ("ppo_cartpole.py", "ppo_continuous.py")
 DETAILS = {  # the thirteen core details of Huang et al. (2022), and where each comes from
     1: ("Vectorised environments: N actors, T steps each", "Algorithm 1"),
     2: ("Orthogonal initialisation, zero biases; gains sqrt 2, 0.01 for the policy, 1 for the value", "baselines ppo2"),
@@ -29,13 +29,14 @@ DETAILS = {  # the thirteen core details of Huang et al. (2022), and where each 
 
 
 def details() -> str:
-    """The table of details: each row a place in a script where its marker stands."""
-    rows = ["| n | detail | where | from |", "|---|---|---|---|"]
+    """The table of details, and in which line of each script its marker stands."""
+    rows = [f"| n | detail | {' | '.join(SCRIPTS)} | from |", "|---" * (3 + len(SCRIPTS)) + "|"]
     for n, (what, source) in DETAILS.items():
+        places = []
         for script in SCRIPTS:
-            for number, line in enumerate((ROOT / script).read_text().splitlines(), 1):
-                if f"[detail {n}]" in line:
-                    rows.append(f"| {n} | {what} | [{script}:{number}]({script}#L{number}) | {source} |")
+            lines = enumerate((ROOT / script).read_text().splitlines(), 1)
+            places.append(", ".join(f"[{i}]({script}#L{i})" for i, line in lines if f"[detail {n}]" in line))
+        rows.append(f"| {n} | {what} | {' | '.join(places)} | {source} |")
     return "\n".join(rows)
 
 
@@ -48,7 +49,7 @@ BLOCKS = {
     "transcript": result("classic/transcript.md"),
     "details": details,
     "classic": result("classic/summary.md"),
-    "speed": result("speed/summary.md"),
+    "speed-cartpole": result("speed/cartpole.md"),
 }
 
 

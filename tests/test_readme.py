@@ -43,10 +43,13 @@ def test_every_linked_file_exists(target):
 
 def test_the_details_stand_where_the_table_says_and_the_numbers_are_the_committed_ones():
     assert readme.renew(README) == README, "run python benchmark/readme.py"
-    rows = re.findall(r"^\| (\d+) \| .* \| \[(\w+\.py):(\d+)\]\(\2#L\3\) \| \S.* \|$", README, re.M)
-    for n, script, line in rows:
-        assert f"[detail {n}]" in (ROOT / script).read_text().splitlines()[int(line) - 1]
-    assert {int(n) for n, *_ in rows} == set(range(1, 14))
+    rows = re.findall(r"^\| (\d+) \| (.*\[\d+\]\(\w+\.py#L\d+\).*) \|$", README, re.M)
+    for n, row in rows:
+        links = re.findall(r"\[(\d+)\]\((\w+\.py)#L\1\)", row)
+        assert {script for _, script in links} == set(readme.SCRIPTS)
+        for line, script in links:
+            assert f"[detail {n}]" in (ROOT / script).read_text().splitlines()[int(line) - 1]
+    assert [int(n) for n, _ in rows] == list(range(1, 14))
 
 
 @pytest.mark.parametrize(("script", "limit"), [("ppo_cartpole", 250), ("ppo_continuous", 350)])
