@@ -1,0 +1,202 @@
+"""Why does the paper's Table 1 have -0.39 for no clipping and no penalty? Controlled experiments on HalfCheetah-v4.
+
+    python benchmark/collapse.py                                # run what is missing, then the report
+    python benchmark/collapse.py --suspects as-it-is adam-epsilon
+    python benchmark/collapse.py --report                       # the report alone, from the CSVs
+
+The paper explains its score by HalfCheetah, where `none` ends far below the untrained policy. Here is every detail that
+may have been different in the paper's own code, one at a time: three seeds of `none`, and of `clip:0.2` as a control,
+with --preset paper. A suspect is a flag of ppo_continuous.py, or a change of its text: a worker replaces the old words
+by the new ones and runs the result, so that what is tested is the script itself with one line altered.
+
+Results are benchmark/results/collapse/: per suspect a folder with the runs.csv and curves.csv of benchmark/table1.py;
+random.csv, summary.md and collapse.png for all of them.
+"""
+
+import sys
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ppo_continuous
+from benchmark import Parser, UserError, cli, markdown, plot, positive, read_csv, table1
+from benchmark.table1 import Call, Grid, Table, cell_of
+
+RESULTS = table1.ROOT / "benchmark/results/collapse"
+TASK, OBJECTIVES = "HalfCheetah-v4", ["none", "clip:0.2"]
+
+
+class Suspect(NamedTuple):
+    what: str  # and where it is from
+    changes: tuple[tuple[str, str], ...] = ()  # of the text of ppo_continuous.py: old, new
+    flags: tuple[str, ...] = ()
+
+
+ADAM = ((".sqrt() + 1e-5)", ".sqrt() + 1e-8)"),)
+NORMC = (
+    ("gain: float = math.sqrt(2)) -> nn.Linear:", "gain: float = 1.0) -> nn.Linear:"),
+    (
+        "nn.init.orthogonal_(layer.weight, gain)",
+        "layer.weight.data = gain * nn.functional.normalize(torch.randn_like(layer.weight))",
+    ),
+)
+TERMINAL = (
+    (
+        'recorded = (rollout["rewards"], values, rollout["terminated"], rollout["truncated"])',
+        'recorded = (rollout["rewards"], values, *2 * [rollout["terminated"] | rollout["truncated"]])',
+    ),
+)
+FLOOR = (('(stats["var"] + 1e-8).sqrt()', 'stats["var"].clamp(min=1e-2).sqrt()'),)
+RENEWAL = '        stats["obs"] = merge(stats["obs"], by_agent(rollout["obs"][:-1]), valid, alive)\n'
+LEARNING = "        learners = update(step, learners, batch, knobs, orders, lr, args)\n"
+AFTER = (
+    (RENEWAL, RENEWAL.replace('stats["obs"] =', "renewed =")),
+    (LEARNING, LEARNING + '        stats["obs"] = renewed\n'),
+)
+STORING = '        batch |= {"obs": seen, "mean": mean, "log_std": log_std}'
+ACTING = (
+    (RENEWAL, '        acted = stats["obs"]\n' + RENEWAL),
+    (
+        STORING,
+        '        acting = standardised(by_agent(rollout["obs"]), acted, args.obs_clip).to(args.device)\n'
+        '        mean, log_std, _ = look(learners["weights"], (acting,))\n' + STORING,
+    ),
+)
+SUSPECTS = {
+    "as-it-is": Suspect("nothing: --preset paper"),
+    "adam-epsilon": Suspect("Adam's epsilon is 1e-8, as in the first public code (baselines da99706)", ADAM),
+    "normc": Suspect("weights are Gaussian, scaled to norm 1 per unit, 0.01 for the means (baselines ppo1)", NORMC),
+    "time-limit": Suspect("the end of the 1000 steps counts as terminal: no bootstrap (baselines ppo1)", TERMINAL),
+    "value-clip": Suspect("the value loss is clipped at 0.2 (baselines da99706)", flags=("--value-clip", "0.2")),
+    "filter-floor": Suspect("observations are divided by no less than 0.1 (baselines ppo1)", FLOOR),
+    "filter-after": Suspect("observation statistics are renewed after the update, not before it", AFTER),
+    "filter-acting": Suspect("the old policy is what acted, under the statistics before their renewal", ACTING),
+    "first-code": Suspect(
+        "all that the first public code had: Adam, normc, time limit, value clipping, filter floor",
+        (*ADAM, *NORMC, *TERMINAL, *FLOOR),
+        ("--value-clip", "0.2"),
+    ),
+    "step-size": Suspect("the step size is 1e-3, not the 3e-4 of Table 3", flags=("--learning-rate", "0.001")),
+    "simulator": Suspect("Gymnasium and its MuJoCo simulate, not EnvPool's", flags=("--env-backend", "gymnasium")),
+}
+
+
+def altered(changes: tuple[tuple[str, str], ...]) -> ModuleType:
+    """ppo_continuous.py with every old text replaced. Raises UserError where it does not hold one."""
+    text = Path(ppo_continuous.__file__).read_text()
+    for old, new in changes:
+        if old not in text:
+            raise UserError(f"ppo_continuous.py no longer says {old.strip()!r}: mend benchmark/collapse.py")
+        text = text.replace(old, new)
+    module = ModuleType("ppo_continuous")
+    module.__file__ = ppo_continuous.__file__
+    before, sys.modules["ppo_continuous"] = sys.modules["ppo_continuous"], module  # dataclasses look themselves up
+    try:
+        exec(compile(text, module.__file__, "exec"), module.__dict__)
+    finally:
+        sys.modules["ppo_continuous"] = before
+    return module
+
+
+def answer(name: str, call: Call, pipe: Connection) -> None:
+    """table1.answer, in a process of its own, with the altered script."""
+    sys.modules["ppo_continuous"] = table1.ppo_continuous = altered(SUSPECTS[name].changes)
+    table1.answer(call, pipe)
+
+
+def complete(names: list[str], seeds: list[int], settings: list[str], folder: Path) -> None:
+    """Run what the CSVs lack. Raises UserError."""
+    grid = Grid([TASK], OBJECTIVES, seeds)
+    with table1.alone(folder):
+        planned = {}
+        for name in names:
+            altered(SUSPECTS[name].changes)
+            table, mine = Table(folder / name), [*settings, *SUSPECTS[name].flags]
+            table.check(mine)
+            planned[name] = table, table1.plan(grid, {*map(cell_of, table.runs)}, mine, f"runs/{folder.name}/{name}")
+        table1.measure_random(grid, settings, folder / "random.csv")
+        for name, (table, calls) in planned.items():
+            print(f"{name}: {SUSPECTS[name].what}", flush=True)
+            table1.run(calls, partial(table1.local, target=partial(answer, name)), table)
+
+
+def report(names: list[str], folder: Path) -> None:
+    """Write summary.md and collapse.png from the CSVs. Raises UserError where a suspect has not run."""
+    (untrained,) = table1.random_returns(read_csv(folder / "random.csv"), [TASK], "gaussian")
+    table, diffs, panels = [], "", {}
+    for name in names:
+        runs, suspect = Table(folder / name), SUSPECTS[name]
+        if not runs.runs:
+            raise UserError(f"{name} has not run; leave out --report, or name --suspects")
+        row = {"suspect": f"`{name}`", "what is different": suspect.what}
+        for objective in OBJECTIVES:
+            mine = [run for run in runs.runs if run["objective"] == objective]
+            returns = [float(run["last_100_return"] or "nan") for run in mine]
+            row[f"`{objective}`"] = ", ".join(map(table1.number, returns))
+            row[f"KL, `{objective}`"] = f"{np.median([float(run['kl_median']) for run in mine]):.2g}"
+            if objective == "none":
+                row["below untrained"] = f"{sum(ret < untrained for ret in returns)} of {len(returns)}"
+        table.append(row)
+        points = [(name, p["objective"], p["seed"], float(p["global_step"]), p["episodic_return"]) for p in runs.curves]
+        panels |= plot.gather((*point[:4], float(point[4])) for point in points if point[4])
+        lines = "".join(f"{sign}{line}\n" for pair in suspect.changes for sign, text in zip("-+", pair, strict=True)
+                        for line in text.strip("\n").splitlines())  # fmt: skip
+        lines += f"+{' '.join(suspect.flags)}\n" if suspect.flags else ""
+        diffs += f"`{name}`:\n\n```diff\n{lines}```\n\n" if lines else ""
+    draw(folder / "collapse.png", panels, untrained)
+    origin = table1.tell_origin([run for name in names for run in Table(folder / name).runs])
+    (folder / "summary.md").write_text(f"""# What makes `none` collapse on {TASK}?
+
+{markdown(table)}
+The return of the last 100 episodes, seed by seed, and the median KL[old, new] of an update. The untrained Gaussian
+policy scores {table1.number(untrained)}.
+
+![Learning curves](collapse.png)
+
+Means over seeds with bootstrap 95% intervals; dashed: the untrained policy.
+
+## What was changed
+
+{diffs}Each command below ran with the change of the suspect that its --run-dir names.
+
+{origin}""")
+
+
+def draw(path: Path, panels: dict[str, plot.Groups], untrained: float) -> None:
+    """A panel per suspect."""
+    rows = -(-len(panels) // 4)
+    figure = Figure(figsize=(12, 2.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, 4, squeeze=False).ravel()
+    for i, (ax, (name, groups)) in enumerate(zip(axes, panels.items(), strict=False)):
+        plot.curves(ax, groups, OBJECTIVES, untrained)
+        ax.set(title=name, xlabel="", ylabel="return (last 100)" if i % 4 == 0 else "")
+    axes[0].legend(fontsize="small", frameon=False)
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    figure.savefig(path, dpi=90)
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("What makes L^CPI collapse on HalfCheetah?")
+    parser.add_argument("--suspects", nargs="+", choices=SUSPECTS, default=list(SUSPECTS), help="what to try")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each objective")
+    parser.add_argument("--total-timesteps", type=positive, default=1_000_000, help="of every run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the runs there are")
+    parser.add_argument("flags", nargs="*", help="after --: more flags of ppo_continuous.py for every run")
+    args = parser.parse_args(argv)
+    if not args.report:
+        settings = ["--preset", "paper", "--total-timesteps", str(args.total_timesteps), *args.flags]
+        complete(args.suspects, sorted({*args.seeds}), settings, args.results)
+    report([name for name in SUSPECTS if name in args.suspects], args.results)
+    print(args.results / "summary.md")
+
+
+if __name__ == "__main__":
+    cli(main)

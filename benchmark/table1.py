@@ -1,0 +1,780 @@
+"""The paper's Table 1, all 231 runs of it: 7 MuJoCo tasks x 11 objectives x 3 seeds, 1M steps each.
+
+    python benchmark/table1.py                        # run what is missing, then the report; an afternoon on two cores
+    python benchmark/table1.py --report               # the report alone, from the CSVs
+    python benchmark/table1.py --preset modern        # four of the objectives, with the details everybody uses today
+    python benchmark/table1.py --tasks Hopper Swimmer --objectives none clip:0.2 --seeds 1 2 3 4 5
+    python benchmark/table1.py --engine ray           # spread over a Ray cluster: pip install -r requirements-ray.txt
+    python benchmark/table1.py -- --device cuda       # what follows -- goes to ppo_continuous.py as it is
+
+The unit is the cell: one task, objective and seed, a row of runs.csv. All cells of a task that are missing there are
+trained by one process of ppo_continuous.py, side by side; its run folder is under runs/. Whatever stops this command,
+even a power cut, the same command goes on from the last checkpoint and ends with the same numbers.
+
+Results are benchmark/results/table1/, or table1-modern/: runs.csv, curves.csv and random.csv (what the policies score
+that have learned nothing); from these alone the report makes summary.md and the pictures.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import functools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import envpool
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ppo_continuous
+from benchmark import Parser, UserError, cli, machine, markdown, plot, positive, read_csv, write_csv
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = "HalfCheetah Hopper InvertedDoublePendulum InvertedPendulum Reacher Swimmer Walker2d"
+TASKS = [f"{name}-v4" for name in NAMES.split()]  # the nearest there is to the paper's -v1
+FIGURES = ROOT / "benchmark/paper"
+PAPER = read_csv(FIGURES / "table1.csv")
+OBJECTIVES = {"paper": [row["objective"] for row in PAPER], "modern": ["none", "clip:0.2", "kl:1", "adaptive:0.01"]}
+PACKAGES = ("torch", "numpy", "gymnasium", "envpool")
+POINTS = 200  # of a run in curves.csv
+EPISODES = 100  # of each untrained policy
+
+
+# ------------------------------------------------------------------------------------------------------- ONE CALL
+class Call(NamedTuple):
+    """One process of ppo_continuous.py: cells of one task, side by side."""
+
+    flags: tuple[str, ...]  # of ppo_continuous.py, --run-dir last: a folder below `root`
+    root: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.root, self.flags[-1])
+
+    @property
+    def agents(self) -> int:
+        return len(parse(self.flags).agents)
+
+    @property
+    def steps(self) -> int:
+        """Of all agents together."""
+        return parse(self.flags).num_updates * parse(self.flags).batch_size * self.agents
+
+    def steps_done(self) -> int:
+        """How many of them the last whole line of the run's metrics.csv has seen."""
+        with contextlib.suppress(OSError), open(self.path / "metrics.csv", "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            cells = file.read().rpartition(b"\n")[0].rpartition(b"\n")[2].split(b",")
+            if len(cells) > 1 and cells[1].isdigit():  # update,global_step,...
+                return int(cells[1]) * self.agents
+        return 0
+
+
+@functools.cache
+def parse(flags: tuple[str, ...]) -> ppo_continuous.Args:
+    """What these flags say to ppo_continuous.py, the preset filled in. Raises UserError."""
+    try:
+        args = ppo_continuous.parse_args(ppo_continuous.Args, list(flags))
+        args.check()
+    except ppo_continuous.UserError as reason:
+        raise UserError(str(reason)) from reason
+    return args
+
+
+def work(call: Call) -> tuple[list[dict], list[dict]]:
+    """Start a run, go on with it, or leave it alone, whatever its folder asks for; its rows of runs.csv and curves.csv.
+    What it prints goes to a file beside the folder. Raises UserError."""
+    path, args = call.path, replace(parse(call.flags), run_dir=str(call.path))
+    if not (path / "summary.json").exists():
+        if (path / "config.json").exists():
+            check_config(call)
+            args = ppo_continuous.Args(resume=str(path))
+        else:
+            shutil.rmtree(path, ignore_errors=True)  # stopped before its first file was whole
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.with_name(path.name + ".log")
+        with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            try:
+                ppo_continuous.train(args)
+            except Exception as reason:
+                traceback.print_exc()
+                raise UserError(f"{path} failed: {reason}; more in {log}") from reason
+    return collect(call)
+
+
+def check_config(call: Call) -> dict:
+    """The run's config.json. Raises UserError where it is not that of this call."""
+    try:
+        config = json.loads((call.path / "config.json").read_text())
+        made = config["args"]
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise UserError(f"{call.path} has no config.json that can be read: {reason!r}") from reason
+    derived = {"run_dir", "resume", "checkpoint_every", "compile"}  # what the script may fill in
+    for name, value in json.loads(json.dumps(vars(parse(call.flags)))).items():
+        if name not in derived and made.get(name, value) != value:
+            what = f"{name} {made[name]} instead of {value}"
+            raise UserError(f"{call.path} ran with {what}; remove the folder, or give other --results")
+    return config
+
+
+def collect(call: Call) -> tuple[list[dict], list[dict]]:
+    """Rows of runs.csv and of curves.csv from a finished run. Raises UserError where a file does not fit."""
+    config, rows, points = check_config(call), [], []
+    try:
+        summary = json.loads((call.path / "summary.json").read_text())
+        metrics = {}
+        for row in read_csv(call.path / "metrics.csv"):
+            metrics.setdefault((row["objective"], int(row["seed"])), []).append(row)
+        for agent in summary:
+            mine = metrics[agent["objective"], agent["seed"]]
+            names = "total_timesteps transitions last_100_return eval_return_mean eval_return_std eval_episodes"
+            key = {name: agent[name] for name in ("env_id", "objective", "seed")}
+            row = key | {name: agent[name] for name in names.split()} | {"diverged_at": agent["diverged_at"]}
+            kl = [float(row["losses/kl_after_update"]) for row in mine if row["losses/kl_after_update"]]
+            row |= {"kl_median": np.median(kl).item() if kl else None, "kl_max": max(kl, default=None)}
+            row |= {"agents": len(summary), "wall_seconds": agent["wall_seconds"], "sps": agent["sps"]}
+            row |= {"started": config["started"], "git_commit": config["git_commit"]} | machine()
+            row |= {name: config["versions"][name] for name in ("python", *PACKAGES)}
+            rows.append(row | {"command": f"python ppo_continuous.py {' '.join(call.flags)}"})
+            for i in np.unique(np.linspace(0, len(mine) - 1, POINTS).round().astype(int)):
+                point = key | {"global_step": mine[i]["global_step"]}
+                wanted = {"episodic_return": "charts/episodic_return", "kl": "losses/kl_after_update"}
+                wanted |= {"beta": "charts/beta", "action_std": "charts/action_std"}
+                for name, column in wanted.items():
+                    point[name] = f"{float(mine[i][column]):.6g}" if mine[i][column] else ""
+                points.append(point)
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise UserError(f"{call.path} cannot be collected: {reason!r}") from reason
+    return rows, points
+
+
+# ----------------------------------------------------------------------------------------------------- ALL OF THEM
+Answer = tuple[list[dict], list[dict]] | UserError
+
+
+def answer(call: Call, pipe: Connection) -> None:
+    """In a process of its own: work(), its result or its error into the pipe. Ends when the parent does."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)  # or a run without a master would write into the folder that the next master continues
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    try:
+        pipe.send(work(call))
+    except UserError as reason:
+        pipe.send(reason)
+
+
+def local(calls: list[Call], tick: Callable[[], None], target: Callable = answer) -> Iterator[tuple[Call, Answer]]:
+    """Engine: one call after another, each in a new process: with all cores, threads and compiled code its own."""
+    for call in calls:
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("spawn").Process(target=target, args=(call, theirs))
+        process.start()
+        theirs.close()
+        try:
+            while not ours.poll(1):
+                tick()
+            result = ours.recv()
+        except EOFError:  # killed, or out of memory
+            result = UserError(f"{call.path}: its process died; the same command goes on with it")
+        except BaseException:
+            process.kill()
+            raise
+        process.join()
+        yield call, result
+
+
+def on_ray(calls: list[Call], tick: Callable[[], None]) -> Iterator[tuple[Call, Answer]]:
+    """Engine: one call at a time on each machine of a Ray cluster: that of RAY_ADDRESS, or the one that runs here, or a
+    new one. Every machine needs this repository at the same place. A call whose worker dies is tried again, up to three
+    times, and goes on from its checkpoint where the machines share the working directory. Raises UserError."""
+    try:
+        import ray
+    except ModuleNotFoundError as reason:
+        raise UserError("--engine ray needs Ray: pip install -r requirements-ray.txt") from reason
+    from benchmark import table1  # what this file is called on every machine; here it may be __main__
+
+    where = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {"PYTHONPATH": where}})
+    try:
+        cores = min(node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and "CPU" in node["Resources"])
+        options = {"num_cpus": cores, "max_calls": 1, "max_retries": 3, "scheduling_strategy": "SPREAD"}
+        pending = {}
+        for call in calls:
+            gpus = int(parse(call.flags).device == "cuda")
+            remote = ray.remote(**options, num_gpus=gpus)(table1.work)
+            pending[remote.remote(table1.Call(*call))] = call
+        while pending:
+            ready, _ = ray.wait(list(pending), timeout=1)
+            tick()
+            for reference in ready:
+                try:
+                    result = ray.get(reference)
+                except UserError as reason:  # as Ray raises it: of a class made of both its own and ours
+                    result = UserError(str(reason.cause))
+                except ray.exceptions.RayError as reason:
+                    result = UserError(f"{pending[reference].path}: {reason}; the same command goes on with it")
+                yield pending.pop(reference), result
+    finally:
+        ray.shutdown()
+
+
+ENGINES = {"local": local, "ray": on_ray}
+
+
+def environment(task: str) -> list[str]:
+    """Flags: the same simulator for few agents and for many, or one table would hold two versions of MuJoCo."""
+    return ["--env-id", task, "--env-backend", "envpool" if task in envpool.list_all_envs() else "gymnasium"]
+
+
+class Grid(NamedTuple):
+    """Every combination of these, in this order."""
+
+    tasks: list[str]
+    objectives: list[str]
+    seeds: list[int]
+
+    @property
+    def cells(self) -> list[tuple[str, str, int]]:
+        return [(task, objective, seed) for task in self.tasks for objective in self.objectives for seed in self.seeds]
+
+
+def plan(grid: Grid, done: set, settings: list[str], runs: str) -> list[Call]:
+    """The calls for all cells of the grid that are not `done`: per task one for each set of missing seeds. The same
+    missing cells give the same call, with the same folder."""
+    calls = []
+    for task in grid.tasks:
+        groups = {}  # missing seeds -> objectives
+        for objective in grid.objectives:
+            missing = tuple(seed for seed in grid.seeds if (task, objective, seed) not in done)
+            groups.setdefault(missing, []).append(objective)
+        for missing, mine in groups.items():
+            if missing:
+                named = "__".join([task, "-".join(map(str, missing)), "_".join(mine).replace(":", "-")])
+                flags = [*environment(task), "--objectives", *mine, "--seeds", *map(str, missing), *settings]
+                calls.append(Call((*flags, "--run-dir", f"{runs}/{named}"), os.getcwd()))
+    return calls
+
+
+def cell_of(row: dict) -> tuple[str, str, int]:
+    """What a row of runs.csv or curves.csv is about."""
+    return row["env_id"], row["objective"], int(row["seed"])
+
+
+def place(task: str, objective: str, seed: int = 0) -> tuple:
+    """To sort by: the paper's order, and what the paper has not after it."""
+    known = TASKS.index(task) if task in TASKS else len(TASKS), task
+    order = OBJECTIVES["paper"]
+    return *known, order.index(objective) if objective in order else len(order), objective, seed
+
+
+class Table:
+    """runs.csv and curves.csv of a folder, rows as text, sorted; on disk always whole."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        paths = folder / "runs.csv", folder / "curves.csv"
+        self.runs, self.curves = (read_csv(path) if path.exists() else [] for path in paths)
+
+    def check(self, settings: list[str]) -> None:
+        """Raises UserError where a run was made with other flags than these."""
+        for row in self.runs:
+            if f" {' '.join(settings)} --run-dir" not in row["command"]:
+                raise UserError(f"{self.folder} holds runs of other settings: {row['command']}; give other --results")
+
+    def add(self, rows: list[dict], points: list[dict]) -> None:
+        """Put these cells in place of what there was of them, and write both files."""
+        new = set(map(cell_of, rows))
+        self.runs = [row for row in self.runs if cell_of(row) not in new] + rows
+        self.curves = [row for row in self.curves if cell_of(row) not in new] + points
+        for kept in (self.runs, self.curves):
+            kept.sort(key=lambda row: (*place(*cell_of(row)), int(row.get("global_step", 0))))
+        replace_csv(self.folder / "curves.csv", self.curves)
+        replace_csv(self.folder / "runs.csv", self.runs)  # last: a row here says that the cell is done
+
+
+def replace_csv(path: Path, rows: list[dict]) -> None:
+    """All of the new file or all of the old."""
+    temporary = path.with_name(path.name + ".tmp")
+    write_csv(temporary, rows)
+    os.replace(temporary, path)
+
+
+def run(calls: list[Call], engine: Callable, table: Table) -> None:
+    """Complete every call; one that fails does not stop the others. Then raises UserError."""
+    total, started, failures, finished = sum(call.steps for call in calls), time.monotonic(), [], []
+
+    def done(call: Call) -> int:
+        return call.steps if call in finished else call.steps_done()
+
+    def rest() -> str:
+        """When all will be done, at the speed since the start of this command."""
+        now = sum(map(done, calls))
+        seconds = (total - now) * (time.monotonic() - started) / (now - first) if now > first else None
+        return "?" if seconds is None else f"{datetime.datetime.now() + datetime.timedelta(seconds=seconds):%a %H:%M}"
+
+    def tick() -> None:
+        running = [call for call in calls if call not in finished and done(call)]
+        names = [f"{call.flags[1]} x{call.agents}" for call in running] or ["-"]
+        bar.set_description_str(f"{' '.join(names)}, {len(finished)} of {len(calls)} done", refresh=False)
+        bar.set_postfix_str(f"all done {rest()}", refresh=False)
+        bar.update(sum(map(done, calls)) - bar.n)
+
+    first = sum(map(done, calls))  # of runs that were interrupted
+    with tqdm(total=total, initial=first, unit=" steps", unit_scale=True, disable=None) as bar:
+        for call, result in engine(calls, tick):
+            if isinstance(result, UserError):
+                failures.append(str(result))
+                said = str(result)
+            else:
+                table.add(*result)
+                said = f"{call.flags[1]}: {call.agents} runs in {result[0][0]['wall_seconds'] / 60:.1f} min"
+            finished.append(call)
+            tick()
+            bar.clear()
+            said += f"; {len(finished)} of {len(calls)} done"
+            said += f", all by {rest()}" if len(finished) < len(calls) else ""
+            print(f"{datetime.datetime.now():%H:%M} {said}", flush=True)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(calls)} calls failed: {'; '.join(failures)}")
+
+
+def measure_random(grid: Grid, settings: list[str], path: Path) -> None:
+    """random.csv: what two policies score that have learned nothing, a row per task, policy and seed: actions uniform
+    within their bounds, and the Gaussian of a fresh agent, which the paper calls the initial random policy. Raises
+    UserError where an environment cannot be made."""
+    rows = read_csv(path) if path.exists() else []
+    have = {(row["env_id"], int(row["seed"])) for row in rows}
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    about = {"started": datetime.datetime.now().isoformat(timespec="seconds")}
+    about["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    about |= {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
+    for task in grid.tasks:
+        missing = [seed for seed in grid.seeds if (task, seed) not in have]
+        if not missing:
+            continue
+        args = parse((*environment(task), "--seeds", *map(str, missing), *settings))
+        args = replace(args, eval_episodes=EPISODES, sample_actions=True, device="cpu")
+        try:
+            with warnings.catch_warnings(action="ignore"):  # Gymnasium would rather have -v5
+                measured = {"uniform": uniform(args), "gaussian": untrained(args)}
+        except ppo_continuous.UserError as reason:
+            raise UserError(str(reason)) from reason
+        for policy, returns in measured.items():
+            for seed, mine in zip(missing, returns, strict=True):
+                row = {"env_id": task, "policy": policy, "seed": seed, "episodes": len(mine)}
+                rows.append(row | {"mean_return": np.mean(mine).item(), "std_return": np.std(mine).item()} | about)
+        order = {"uniform": 0, "gaussian": 1}
+        rows.sort(key=lambda row: (*place(row["env_id"], ""), order[row["policy"]], int(row["seed"])))
+        replace_csv(path, rows)
+
+
+def untrained(args: ppo_continuous.Args) -> list[list[float]]:
+    """Returns [A][E] of A fresh agents, actions sampled."""
+    env = ppo_continuous.make_envs(args, [0])
+    dims = env.obs.shape[-1], env.actions.shape[0]
+    env.close()
+    fresh = {"learners": ppo_continuous.new_learners(args, dims), "stats": ppo_continuous.new_stats(args, dims)}
+    return ppo_continuous.evaluate(fresh, args, Path())
+
+
+def uniform(args: ppo_continuous.Args) -> list[list[float]]:
+    """Returns [A][E] of uniform actions: a generator per seed, for all of its episodes side by side."""
+    firsts = [2**30 + ppo_continuous.stream(seed, "uniform") for seed in args.seeds]
+    envs = ppo_continuous.make_envs(args, [first + i for first in firsts for i in range(args.eval_episodes)])
+    rng = [np.random.default_rng(first) for first in firsts]
+    low, high, width = envs.actions.low, envs.actions.high, len(envs.actions.low)
+    returns, running = np.zeros(len(envs.obs)), np.ones(len(envs.obs), bool)
+    while running.any():
+        shares = np.concatenate([generator.random((args.eval_episodes, width)) for generator in rng])
+        _, rewards, terminated, truncated, _ = envs.step((low + (high - low) * shares).astype(low.dtype))
+        returns, running = returns + rewards * running, running & ~(terminated | truncated)
+    envs.close()
+    return returns.reshape(len(firsts), -1).tolist()
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Raises UserError where another process is at work on this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as reason:
+        raise UserError(f"another table1.py is at work on {folder}; wait for it, or give other --results") from reason
+    finally:
+        os.close(handle)
+
+
+# --------------------------------------------------------------------------------------------------------- SCORING
+def raw_returns(runs: list[dict], grid: Grid) -> np.ndarray:
+    """The last_100_return of every cell, [K tasks, O objectives, S seeds]. Raises UserError where one is missing."""
+    have = {cell_of(row): float(row["last_100_return"] or "nan") for row in runs}
+    missing = [" ".join(map(str, cell)) for cell in grid.cells if not math.isfinite(have.get(cell, math.nan))]
+    if missing:
+        raise UserError(f"{len(missing)} of {len(grid.cells)} runs are missing or have no return: {', '.join(missing)}")
+    return np.array([have[cell] for cell in grid.cells]).reshape([len(part) for part in grid])
+
+
+def best_returns(raw: np.ndarray, best: str) -> np.ndarray:
+    """raw [K, O, S] -> what scores 1 in each task, [K]: the best single run, or the mean of the best objective."""
+    return raw.max((1, 2)) if best == "run" else raw.mean(2).max(1)
+
+
+def normalise(raw: np.ndarray, zero: np.ndarray, one: np.ndarray) -> np.ndarray:
+    """raw [K, O, S], shifted and scaled so that zero [K] becomes 0 and one [K] becomes 1."""
+    return (raw - zero[:, None, None]) / (one - zero)[:, None, None]
+
+
+def by_objective(scores: np.ndarray) -> np.ndarray:
+    """[K, O, S] -> [O, K * S]"""
+    return scores.transpose(1, 0, 2).reshape(scores.shape[1], -1)
+
+
+def interquartile_mean(scores: np.ndarray) -> np.ndarray:
+    """scores [..., n] -> [...]: the mean without the lowest and the highest quarter, n // 4 runs each."""
+    cut = scores.shape[-1] // 4
+    return np.sort(scores)[..., cut : scores.shape[-1] - cut].mean(-1)
+
+
+def resample(scores: np.ndarray, times: int = 10_000) -> np.ndarray:
+    """scores [K, O, S] -> [times, O, K * S]: runs drawn with replacement within each task (the stratified bootstrap of
+    Agarwal et al. 2021), the same seeds for all objectives, since these share weights and noise. The same numbers at
+    every call."""
+    tasks, objectives, seeds = scores.shape
+    drawn = np.random.default_rng(0).integers(seeds, size=(times, tasks, seeds))
+    picked = scores.transpose(0, 2, 1)[np.arange(tasks)[:, None], drawn]  # [times, K, S, O]
+    return picked.reshape(times, -1, objectives).transpose(0, 2, 1)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rank correlation of x [..., n] and y [n]; equal numbers share their mean rank."""
+
+    def ranks(z):  # from their mean
+        above = (z[..., None] > z[..., None, :]).sum(-1) + (z[..., None] >= z[..., None, :]).sum(-1)
+        return (above - z.shape[-1]) / 2
+
+    x, y = ranks(x), ranks(y)
+    return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+
+
+# ---------------------------------------------------------------------------------------------------------- REPORT
+READINGS = {  # of "random policy" and "best result", which the paper does not define; the first is the headline's
+    "Gaussian, best run": ("gaussian", "run"),
+    "Gaussian, best objective": ("gaussian", "objective"),
+    "uniform, best run": ("uniform", "run"),
+    "uniform, best objective": ("uniform", "objective"),
+}
+KINDS = ("clip", "adaptive", "kl")  # of objectives: columns of the pictures
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}"
+
+
+def interval(estimate: float, draws: np.ndarray) -> str:
+    """An estimate and its bootstrap 95% interval."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{estimate:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def random_returns(rows: list[dict], tasks: list[str], policy: str) -> np.ndarray:
+    """The mean return of a policy that has learned nothing, over the rows of random.csv: [K]. Raises UserError."""
+    means = []
+    for task in tasks:
+        mine = [float(row["mean_return"]) for row in rows if (row["env_id"], row["policy"]) == (task, policy)]
+        if not mine:
+            raise UserError(f"random.csv has no {policy} policy for {task}; run table1.py without --report")
+        means.append(np.mean(mine))
+    return np.array(means)
+
+
+def tell_scores(folder: Path, runs: list[dict], untrained: list[dict], grid: Grid) -> str:
+    """The normalised scores of a grid without a gap; draws scores.png and writes the first of it as scores.md too."""
+    raw, objectives = raw_returns(runs, grid), grid.objectives
+    paper = {row["objective"]: float(row["avg_normalized_score"]) for row in PAPER}
+    theirs = np.array([paper.get(objective, np.nan) for objective in objectives])
+    zeros = {policy: random_returns(untrained, grid.tasks, policy) for policy in ("gaussian", "uniform")}
+    scores = [normalise(raw, zeros[zero], best_returns(raw, one)) for zero, one in READINGS.values()]
+    means, drawn = zip(*((by_objective(s).mean(-1), resample(s).mean(-1)) for s in scores), strict=True)
+    (mean, *_), (draws, *_) = means, drawn  # of the headline
+    middle, middles = interquartile_mean(by_objective(scores[0])), interquartile_mean(resample(scores[0]))
+    draw_scores(folder / "scores.png", objectives, theirs, (mean, draws), (middle, middles))
+
+    names = [{"objective": f"`{o}`", "the paper": f"{paper[o]:.2f}" if o in paper else ""} for o in objectives]
+    table = []
+    for i, name in enumerate(names):
+        row = {"ours: mean [95%]": interval(mean[i], draws[:, i])}
+        table.append(name | row | {"interquartile mean [95%]": interval(middle[i], middles[:, i])})
+    best, worst = mean.argmax(), mean.argmin()
+    near = mean >= np.percentile(draws[:, best], 2.5)
+    averaged = f"{len(grid.tasks)} tasks x {len(grid.seeds)} seeds"
+    headline = f"""{markdown(table)}
+The return of the last 100 episodes, in each task 0 for the untrained Gaussian policy and 1 for the best single run,
+averaged over {averaged}. Bootstrap 95% intervals, stratified by task; from so few seeds they come
+out too narrow rather than too wide. The paper states none.
+
+Highest is `{objectives[best]}`; at or above the lower end of its interval:
+{", ".join(f"`{objectives[i]}`" for i in np.flatnonzero(near))}. Lowest is `{objectives[worst]}`, in
+{(draws.argmin(1) == worst).mean():.0%} of the resamples.
+"""
+    (folder / "scores.md").write_text(headline)
+    text = f"## Scores\n\n{headline}\n![Scores with intervals](scores.png)\n\n"
+    text += "The paper defines neither its random policy nor its best result. All four readings of the mean:\n\n"
+    table = [name | {r: f"{m[i]:.2f}" for r, m in zip(READINGS, means, strict=True)} for i, name in enumerate(names)]
+    if objectives == OBJECTIVES["paper"]:
+        told = [interval(spearman(m, theirs), spearman(d, theirs)) for m, d in zip(means, drawn, strict=True)]
+        row = {"objective": "Spearman correlation with the paper [95%]", "the paper": ""}
+        table.append(row | dict(zip(READINGS, told, strict=True)))
+    text += f"{markdown(table)}\nWhat is 0 and what is 1 in them:\n\n"
+    table = []
+    for k, task in enumerate(grid.tasks):
+        of_objective, (o, s) = raw[k].mean(1), np.unravel_index(raw[k].argmax(), raw[k].shape)
+        row = {"task": task, "uniform": number(zeros["uniform"][k]), "Gaussian": number(zeros["gaussian"][k])}
+        row["best run"] = f"{number(raw[k].max())} (`{objectives[o]}`, seed {grid.seeds[s]})"
+        row["best objective"] = f"{number(of_objective.max())} (`{objectives[of_objective.argmax()]}`)"
+        table.append(row)
+    return f"{text}{markdown(table)}\n"
+
+
+def tell_returns(have: dict, grid: Grid) -> str:
+    """What every run scored and how far its updates went, of whatever runs there are."""
+    returns, kls = [], []
+    for objective in grid.objectives:
+        returns.append({"objective": f"`{objective}`"})
+        kls.append(dict(returns[-1]))
+        for task in grid.tasks:
+            mine = [have[cell] for seed in grid.seeds if (cell := (task, objective, seed)) in have]
+            values = [float(run["last_100_return"] or "nan") for run in mine]
+            said = f"{number(np.mean(values))} ({number(min(values))} to {number(max(values))})" if values else ""
+            returns[-1][task] = said + f", {len(values)} of {len(grid.seeds)}" * (0 < len(values) < len(grid.seeds))
+            medians, most = ([float(run[name]) for run in mine if run[name]] for name in ("kl_median", "kl_max"))
+            kls[-1][task] = f"{np.median(medians):.2g} ({max(most):.2g})" if medians else ""
+    dead = [
+        f"{task} {o} seed {seed} at step {run['diverged_at']}"
+        for (task, o, seed), run in have.items()
+        if run["diverged_at"]
+    ]
+    said = f"{len(dead)} of {len(have)} runs met a number that was not finite and kept the last finite weights: "
+    said = said + ", ".join(dead) if dead else f"None of the {len(have)} runs met a number that was not finite"
+    return f"""## Returns
+
+The return of the last 100 episodes: mean over seeds, and from the worst to the best.
+
+{markdown(returns)}
+{said}.
+
+![Learning curves](curves.png)
+
+Means over seeds with bootstrap 95% intervals. A curve that leaves its panel goes on below it.
+
+## How far an update goes
+
+KL[old, new] of an update: median, and in brackets the largest of all.
+
+{markdown(kls)}
+![KL per update](kl.png)
+
+"""
+
+
+def tell_learning(folder: Path, have: dict, grid: Grid, curves: dict) -> str:
+    """clip:0.2 seed by seed beside the figures of others; draws learning.png, writes the table as learning.md too."""
+    figure = json.loads((FIGURES / "figure3_mujoco_curves.json").read_text())
+    cleanrl = {(row["env_id"], row["total_timesteps"]): row for row in read_csv(FIGURES / "cleanrl.csv")}
+    table, panels, lines = [], [], ["ours", "the paper, -v1"]
+    for task in grid.tasks:
+        runs = [have.get((task, "clip:0.2", seed)) for seed in grid.seeds]
+        values = [float(run["last_100_return"] or "nan") if run else None for run in runs]
+        said = ["" if value is None else number(value) for value in values]
+        row = {"task": task} | {f"seed {seed}": x for seed, x in zip(grid.seeds, said, strict=True)}
+        row["mean"] = "" if None in values else number(np.mean(values))
+        for steps in ("1000000", "8000000"):
+            other = cleanrl.get((task, steps), {"mean": "", "std": ""})
+            said = [number(float(other[name])) for name in ("mean", "std") if other[name]]
+            row[f"CleanRL, {steps[0]}M steps"] = " ± ".join(said)
+        points = figure.get(task.replace("-v4", "-v1"), {}).get("PPO(Clip)", {}).get("line")
+        table.append(row | {"the paper, Figure 3": number(points[-1][1]) if points else ""})
+        groups = {"ours": curves[task]["clip:0.2"]} if "clip:0.2" in curves.get(task, {}) else {}
+        panels.append((task, groups | ({"the paper, -v1": [tuple(np.array(points).T)]} if points else {}), lines))
+    draw(folder / "learning.png", panels, 4, "return (last 100)")
+    (folder / "learning.md").write_text(markdown(table))
+    return f"""## `clip:0.2`, seed by seed
+
+The return of the last 100 episodes, beside those of CleanRL (-v4, mean and standard deviation over seeds) and the end
+of the curve in the paper's Figure 3 (-v1); benchmark/paper/README.md says where these are from.
+
+{markdown(table)}
+![Learning curves of clip:0.2](learning.png)
+
+"""
+
+
+def tell_origin(runs: list[dict]) -> str:
+    """Commands, time, versions."""
+    calls = {(run["env_id"], run["started"]): float(run["wall_seconds"]) for run in runs}
+    text = "## Where this is from\n\n"
+    text += "".join(f"    {command}\n" for command in dict.fromkeys(run["command"] for run in runs))
+    text += f"\nThese commands trained for {sum(calls.values()) / 3600:.2f} hours in all. "
+    names = ["started", "total_timesteps", "python", *PACKAGES, "git_commit", "cpu", "cores"]
+    said = {
+        name: sorted({run[name][:10] if name == "started" else run[name] or "unknown" for run in runs})
+        for name in names
+    }
+    return text + "; ".join(f"{name.replace('_', ' ')} {' and '.join(values)}" for name, values in said.items()) + ".\n"
+
+
+def draw(path: Path, panels: list[tuple[str, plot.Groups, list[str]]], columns: int, ylabel: str) -> None:
+    """One picture of panels: title, curves, and all the lines that panels in its place may have. Panels of a row that
+    have the same title share their y axis."""
+    rows, shared = math.ceil(len(panels) / columns), len({title for title, *_ in panels}) < len(panels)
+    figure = Figure(figsize=(12, 2.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if shared else False)
+    for i, (ax, (title, groups, lines)) in enumerate(zip(axes.ravel(), panels, strict=False)):
+        groups = {o: [curve for curve in seeds if len(curve[0]) > 1] for o, seeds in groups.items()}
+        plot.curves(ax, {o: seeds for o, seeds in groups.items() if seeds}, lines)
+        ax.set(title=title, xlabel="", ylabel=ylabel if i % columns == 0 else "")
+        if i < columns and ax.lines:
+            ax.legend(fontsize="small", frameon=False)
+    for row in axes:
+        drawn = [(line.get_label(), line.get_ydata()) for ax in row for line in ax.lines]
+        others = np.concatenate([[], *(y for label, y in drawn if label != "none")])
+        if shared and 0 < len(others) < sum(len(y) for _, y in drawn):  # a collapse must not flatten everything else
+            row[0].set_ylim(bottom=max(row[0].get_ylim()[0], others.min() - 0.1 * np.ptp(others)))
+    for ax in axes.ravel()[len(panels) :]:
+        ax.remove()
+    figure.savefig(path, dpi=90)
+
+
+def draw_scores(path: Path, objectives: list[str], theirs: np.ndarray, mean: tuple, middle: tuple) -> None:
+    """Dots with intervals; mean and middle: estimates [O] and their bootstrap draws [times, O]."""
+    figure = Figure(figsize=(7, 1.2 + 0.36 * len(objectives)), layout="constrained")
+    ax, places = figure.subplots(), np.arange(len(objectives))
+    for shift, marker, label, (score, draws) in ((-0.12, "o", "mean", mean), (0.12, "D", "interquartile mean", middle)):
+        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+        colour = plot.COLOURS[0 if label == "mean" else 2]
+        ax.hlines(places + shift, low, high, colour, linewidth=1.5)
+        ax.plot(score, places + shift, marker, color=colour, markersize=5, label=label)
+    ax.plot(theirs, places, "x", color="black", label="the paper")
+    ax.set(yticks=places, yticklabels=objectives, xlabel="normalised score")
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize="small", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def report(folder: Path, asked: Grid, preset: str) -> None:
+    """Write summary.md and the pictures from the CSVs: of the grid that is asked for, and of what there is besides. The
+    same CSVs give the same bytes. Raises UserError."""
+    table, untrained = Table(folder), read_csv(folder / "random.csv") if (folder / "random.csv").exists() else []
+    if not table.runs:
+        raise UserError(f"{folder / 'runs.csv'} has no run yet; run table1.py without --report")
+    have = {cell_of(row): row for row in table.runs}
+    grid = Grid(*(sorted({*mine, *there}) for mine, there in zip(asked, zip(*have, strict=True), strict=True)))
+    grid.tasks.sort(key=lambda task: place(task, ""))
+    grid.objectives.sort(key=lambda objective: place("", objective))
+    whole = [task for task in grid.tasks if all(cell in have for cell in Grid([task], *grid[1:]).cells)]
+    whole = whole if len(grid.objectives) > 1 else []  # a single objective would be compared with itself
+
+    text = f"# {'Table 1' if preset == 'paper' else f'Table 1 with --preset {preset}'}\n\n"
+    shape = f"{len(grid.tasks)} tasks x {len(grid.objectives)} objectives x {len(grid.seeds)} seeds"
+    if len(have) == len(grid.cells):
+        text += f"All {len(have)} runs are in: {shape}."
+    else:
+        text += f"**PARTIAL: {len(have)} of {len(grid.cells)} runs are in** ({shape}). "
+        text += f"The scores are over the tasks without a gap alone: {', '.join(whole)}." if whole else "No scores yet."
+    paper = Grid(TASKS, OBJECTIVES["paper"], [1, 2, 3]).cells
+    if preset == "paper":
+        text += f" Of the {len(paper)} runs of the paper's Table 1, {sum(cell in have for cell in paper)} are here."
+    text += " Every run is a row of [runs.csv](runs.csv), its curve is in [curves.csv](curves.csv).\n\n"
+    for stale in ("scores.md", "scores.png"):
+        (folder / stale).unlink(missing_ok=True)
+    if whole:
+        text += tell_scores(folder, table.runs, untrained, Grid(whole, *grid[1:]))
+
+    curves = {}
+    for name in ("episodic_return", "kl", "beta"):
+        rows = [(*cell_of(row), float(row["global_step"]), float(row[name])) for row in table.curves if row[name]]
+        if name != "episodic_return":
+            rows = [(*row, math.log10(value)) for *row, value in rows if 0 < value < math.inf]
+        curves[name] = plot.gather(rows)
+    kinds = [kind for kind in KINDS if any(o.startswith(kind) for o in grid.objectives)] or [""]
+    columns = [[o for o in grid.objectives if o == "none" or o.startswith(kind)] for kind in kinds]
+    width = len(columns) if len(columns) > 1 else 4
+
+    def panels(name: str, columns: list[list[str]]) -> list:
+        found = [(task, curves[name].get(task, {}), lines) for task in grid.tasks for lines in columns]
+        return [(task, {o: mine[o] for o in lines if o in mine}, lines) for task, mine, lines in found]
+
+    draw(folder / "curves.png", panels("episodic_return", columns), width, "return (last 100)")
+    draw(folder / "kl.png", panels("kl", columns), width, "log10 KL[old, new]")
+    text += tell_returns(have, grid)
+    adaptive = [o for o in grid.objectives if o.startswith("adaptive")]
+    if adaptive:
+        draw(folder / "beta.png", panels("beta", [adaptive]), 4, "log10 beta")
+        text += "![beta over time](beta.png)\n\n"
+    if "clip:0.2" in grid.objectives:
+        text += tell_learning(folder, have, grid, curves["episodic_return"])
+    (folder / "summary.md").write_text(text + tell_origin(table.runs))
+
+
+def complete(grid: Grid, folder: Path, settings: list[str], engine: str) -> None:
+    """Run what the CSVs of this folder lack of the grid. Raises UserError."""
+    with alone(folder):
+        table = Table(folder)
+        table.check(settings)
+        calls = plan(grid, set(map(cell_of, table.runs)), settings, f"runs/{folder.name}")
+        for call in calls:
+            parse(call.flags)  # a flag that makes no sense is found now, not after hours
+        measure_random(grid, settings, folder / "random.csv")
+        run(calls, ENGINES[engine], table)
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("Run what is missing of the paper's Table 1, and report it.")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="environment ids; without a version -v4")
+    parser.add_argument("--objectives", nargs="+", help="default: the paper's 11; of --preset modern four of them")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of every task and objective")
+    parser.add_argument("--preset", choices=OBJECTIVES, default="paper", help="of ppo_continuous.py")
+    parser.add_argument("--total-timesteps", type=positive, default=1_000_000, help="of every run")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="who runs it")
+    parser.add_argument("--results", type=Path, help="folder; default: benchmark/results/table1 or table1-modern")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the runs there are")
+    parser.add_argument("flags", nargs="*", help="after --: more flags of ppo_continuous.py for every run")
+    args = parser.parse_args(argv)
+    tasks = sorted({task if "-v" in task else f"{task}-v4" for task in args.tasks}, key=lambda task: place(task, ""))
+    objectives = sorted({*(args.objectives or OBJECTIVES[args.preset])}, key=lambda objective: place("", objective))
+    grid = Grid(tasks, objectives, sorted({*args.seeds}))
+    default = "table1" if args.preset == "paper" else f"table1-{args.preset}"
+    folder = args.results or ROOT / "benchmark/results" / default
+    settings = ["--preset", args.preset, "--total-timesteps", str(args.total_timesteps), *args.flags]
+    if not args.report:
+        complete(grid, folder, settings, args.engine)
+    report(folder, grid, args.preset)
+    print(folder / "summary.md")
+
+
+if __name__ == "__main__":
+    cli(main)
