@@ -71,43 +71,44 @@ def execute(arguments: list[str]) -> str:
     return done.stdout
 
 
-def read_config(task: str, seed: int) -> dict:
-    """A run's config.json. Raises UserError where there is none, or where it is not that of this task's command: then
-    the report would state flags that never ran."""
+def read_config(arguments: list[str]) -> dict:
+    """The config.json of a run, in the folder that its arguments name last. Raises UserError where there is none,
+    or where it is not that of these arguments: then a report would state flags that never ran."""
+    where = arguments[-1]
     try:
-        config = json.loads((ROOT / folder(task, seed) / "config.json").read_text())
+        config = json.loads((ROOT / where / "config.json").read_text())
         made = config["args"]
     except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise UserError(f"{folder(task, seed)} has no config.json that can be read: {reason!r}") from reason
+        raise UserError(f"{where} has no config.json that can be read: {reason!r}") from reason
     derived = {"run_dir", "checkpoint_every"}  # what the script fills in by itself
-    for name, value in vars(parse_args(Args, command(task, seed)[1:])).items():
+    for name, value in vars(parse_args(Args, arguments[1:])).items():
         if name not in derived and made.get(name, value) != value:
             what = f"{name} {made[name]} instead of {value}"
-            raise UserError(f"{folder(task, seed)} ran with {what}; remove the folder and run it again")
+            raise UserError(f"{where} ran with {what}; remove the folder and run it again")
     return config
 
 
-def complete(task: str, seed: int) -> None:
+def complete(arguments: list[str]) -> None:
     """Start a run, go on with it, or leave it alone, whatever its folder asks for. Raises UserError where it fails."""
-    path = ROOT / folder(task, seed)
+    path = ROOT / arguments[-1]
     if (path / "summary.json").exists():
         return
     if (path / "config.json").exists():
-        execute(["ppo_cartpole.py", "--resume", str(folder(task, seed))])
+        execute(["ppo_cartpole.py", "--resume", arguments[-1]])
     else:
         shutil.rmtree(path, ignore_errors=True)  # stopped before its first file was whole
-        execute(command(task, seed))
+        execute(arguments)
 
 
-def complete_all(tasks: list[str], jobs: int) -> None:
-    """Complete every run of these tasks, `jobs` at a time. One that fails does not stop the others; then UserError."""
-    runs, failures = [(task, seed) for task in tasks for seed in TASKS[task].seeds], []
-    for run in runs:
-        if (ROOT / folder(*run) / "config.json").exists():
-            read_config(*run)  # refuse what could not be reported now, not after hours
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs", disable=None) as bar:
+def complete_commands(commands: list[list[str]], jobs: int) -> None:
+    """Complete the run of every command, `jobs` at a time. One that fails does not stop the others; then UserError."""
+    failures = []
+    for arguments in commands:
+        if (ROOT / arguments[-1] / "config.json").exists():
+            read_config(arguments)  # refuse what could not be reported now, not after hours
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(commands), unit=" runs", disable=None) as bar:
         try:
-            for future in as_completed([pool.submit(complete, *run) for run in runs]):
+            for future in as_completed([pool.submit(complete, arguments) for arguments in commands]):
                 if future.exception():
                     failures.append(str(future.exception()))
                 bar.update()
@@ -115,7 +116,12 @@ def complete_all(tasks: list[str], jobs: int) -> None:
             pool.shutdown(cancel_futures=True)
             raise
     if failures:
-        raise UserError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(sorted(failures))}")
+        raise UserError(f"{len(failures)} of {len(commands)} runs failed: {'; '.join(sorted(failures))}")
+
+
+def complete_all(tasks: list[str], jobs: int) -> None:
+    """Complete every run of these tasks. Raises UserError."""
+    complete_commands([command(task, seed) for task in tasks for seed in TASKS[task].seeds], jobs)
 
 
 def measure_walltime() -> None:
@@ -156,7 +162,7 @@ def first_step_at_threshold(metrics: list[dict], episodes: list[dict], threshold
 
 def read_run(task: str, seed: int) -> tuple[dict, list[dict]]:
     """A finished run's row of runs.csv and its rows of curves.csv. Raises UserError where a file does not fit."""
-    config, path, row = read_config(task, seed), ROOT / folder(task, seed), {"task": task}
+    config, path, row = read_config(command(task, seed)), ROOT / folder(task, seed), {"task": task}
     try:
         (summary,) = json.loads((path / "summary.json").read_text())
         metrics, episodes = (read_csv(path / name) for name in ("metrics.csv", "episodes.csv"))

@@ -1,0 +1,174 @@
+"""benchmark/figure1.py, figure2.py and ratchet.py, at toy size."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+
+import ppo_cartpole
+import ppo_continuous
+from benchmark import UserError, figure1, figure2, ratchet, read_csv
+
+PNG = b"\x89PNG"
+
+
+# -------------------------------------------------------------------------------------------------------- FIGURE 1
+@pytest.fixture(scope="module")
+def drawn1(tmp_path_factory) -> dict[tuple[float, int], dict]:
+    """The rows of figure1.csv by ratio and advantage."""
+    folder = tmp_path_factory.mktemp("figure1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure1, "RESULTS", folder)
+        figure1.main([])
+    assert (folder / "figure1.png").read_bytes().startswith(PNG)
+    rows = read_csv(folder / "figure1.csv")
+    assert len(rows) == 2 * len(figure1.RATIOS)
+    return {(float(row["ratio"]), int(row["advantage"])): row for row in rows}
+
+
+@pytest.mark.parametrize("advantage", [1, -1])
+@pytest.mark.parametrize("ratio", [0.01, 0.5, 0.8, 1.0, 1.2, 1.21, 2.0])
+def test_figure1_points_are_the_formula(advantage, ratio, drawn1):
+    row = drawn1[ratio, advantage]
+    expected = min(ratio, 1.2) if advantage > 0 else -max(ratio, 0.8)
+    assert float(row["l_clip"]) == pytest.approx(expected, abs=1e-12)
+    assert float(row["l_cpi"]) == pytest.approx(ratio * advantage, abs=1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------- FIGURE 2
+TOY2 = "--env-id Hopper-v4 --preset paper --objectives clip:0.2 --seeds 3 1 --total-timesteps 128 --num-steps 128 "
+TOY2 += "--num-minibatches 4 --no-compile"
+
+
+@pytest.fixture(scope="module")
+def drawn2(tmp_path_factory) -> tuple:
+    """The folder that figure2.py wrote at toy size, the flags it ran with and the update that it saw."""
+    folder, seen = tmp_path_factory.mktemp("figure2"), []
+    first_update = figure2.first_update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure2, "RESULTS", folder)
+        patch.setattr(figure2, "FLAGS", TOY2)
+        patch.setattr(figure2, "ALPHAS", np.linspace(-0.5, 2, 11))
+        patch.setattr(figure2, "first_update", lambda flags: seen.append(first_update(flags)) or seen[0])
+        figure2.main([])
+    ((args, _, update),) = seen
+    return folder, args, update
+
+
+def curve(folder, alpha: float) -> list[dict]:
+    """The points of all seeds at this alpha, as numbers."""
+    rows = [{name: float(x) for name, x in row.items()} for row in read_csv(folder / "figure2.csv")]
+    return [row for row in rows if row["alpha"] == alpha]
+
+
+def test_figure2_starts_where_the_update_started(drawn2):
+    rows = curve(drawn2[0], 0)
+    assert [row["seed"] for row in rows] == [3, 1]
+    for row in rows:
+        assert row["furthest_ratio"] < 1e-5
+        assert [row["l_clip"], row["clipped"]] == pytest.approx([row["l_cpi"]] * 2, abs=1e-7)
+        assert abs(row["l_cpi"]) < 1e-5 and abs(row["kl"]) < 1e-6  # standardised advantages
+
+
+def test_figure2_ends_where_train_says_that_it_ended(drawn2, tmp_path):
+    flags = [*TOY2.split(), "--run-dir", str(tmp_path / "run"), "--eval-episodes", "1"]
+    ppo_continuous.train(ppo_continuous.parse_args(ppo_continuous.Args, flags))
+    expected = [float(row["losses/kl_after_update"]) for row in read_csv(tmp_path / "run/metrics.csv")]
+    assert [row["kl"] for row in curve(drawn2[0], 1)] == pytest.approx(expected, rel=1e-3)
+    assert min(expected) > 0
+
+
+def test_figure2_curves_are_the_formulas(drawn2):
+    folder, args, seen = drawn2
+    model = ppo_continuous.Agent(11, 3)
+    for i, row in enumerate(curve(folder, 1.5)):
+        batch = {name: x[i] for name, x in seen["batch"].items()}
+        weights = {name: old[i] + 1.5 * (seen["new"][name][i] - old[i]) for name, old in seen["old"].items()}
+        mean, log_std, _ = functional_call(model, weights, (batch["obs"],))
+        valid, old = batch["valid"] > 0, torch.distributions.Normal(batch["mean"], batch["log_std"].exp())
+        new, advantages = torch.distributions.Normal(mean, log_std.exp()), batch["advantages"][valid]
+        ratio = (new.log_prob(batch["actions"]) - old.log_prob(batch["actions"])).sum(-1).exp()[valid]
+        assert valid.sum() < args.batch_size and ratio.max() > 1.2 and ratio.min() < 0.8  # else nothing is tested
+        free, clipped = ratio * advantages, ratio.clamp(0.8, 1.2) * advantages
+        expected = {"l_cpi": free.mean(), "clipped": clipped.mean(), "l_clip": torch.min(free, clipped).mean()}
+        expected["kl"] = torch.distributions.kl_divergence(old, new).sum(-1)[valid].mean()
+        expected["furthest_ratio"] = (ratio - 1).abs().max()
+        assert {name: row[name] for name in expected} == pytest.approx(
+            {name: x.item() for name, x in expected.items()}, rel=1e-3, abs=1e-6
+        )
+
+
+def test_figure2_reports_peaks_beside_the_papers(drawn2):
+    folder, *_ = drawn2
+    assert (folder / "figure2.png").read_bytes().startswith(PNG)
+    lines = [line.strip("| ").split(" | ") for line in (folder / "summary.md").read_text().splitlines() if "|" in line]
+    table = {name: cells for name, *cells in lines}
+    rows = [row for row in read_csv(folder / "figure2.csv") if row["seed"] == "3"]
+    best = max(rows, key=lambda row: float(row["l_clip"]))
+    (kl,) = (float(row["kl"]) for row in rows if float(row["alpha"]) == 1)
+    assert table["seed 3"] == [f"{kl:.4f}", best["alpha"], f"{float(best['l_clip']):.4f}"]
+    kls = [float(table[f"seed {seed}"][0]) for seed in (1, 3)]
+    assert float(table["mean of the seeds (95% interval)"][0].split()[0]) == pytest.approx(np.mean(kls), abs=1e-4)
+    assert table["the paper's curve"] == ["0.0165", "1.066", "0.0343"]
+
+
+# --------------------------------------------------------------------------------------------------------- RATCHET
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """ratchet.py with one experiment of four short runs, of which one is still to be made."""
+    flags = "--total-timesteps 2048 --num-envs 4 --num-steps 64 --eval-episodes 1"
+    objectives = {"pg": "--update-epochs 1 --num-minibatches 1", "clip:0.2": ""}
+    experiment = ratchet.Experiment(flags, objectives, range(1, 3))
+    monkeypatch.setattr(ratchet, "EXPERIMENTS", {"toy": experiment})
+    monkeypatch.setattr(ratchet, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(ratchet, "RESULTS", tmp_path / "results")
+    for run in (("pg", 1), ("pg", 2), ("clip:0.2", 1)):
+        ppo_cartpole.train(ppo_cartpole.parse_args(ppo_cartpole.Args, ratchet.command("toy", *run)[1:]))
+    return tmp_path
+
+
+def test_ratchet_runs_what_is_missing_and_reports_from_the_csvs_alone(toy):
+    made = (toy / "runs/toy/clip-0.2/1/summary.json").stat().st_mtime_ns
+    ratchet.main([])
+    assert (toy / "runs/toy/clip-0.2/1/summary.json").stat().st_mtime_ns == made
+    metrics = read_csv(toy / "runs/toy/clip-0.2/2/metrics.csv")
+    summary = json.loads((toy / "runs/toy/clip-0.2/2/summary.json").read_text())[0]
+    shutil.rmtree(toy / "runs")
+    written = []
+    for _ in range(2):
+        written.append({path.name: path.read_bytes() for path in (toy / "results").iterdir()})
+        ratchet.main(["--report"])
+    assert written[0] == written[1]
+    assert set(written[0]) == {"runs.csv", "curves.csv", "summary.md", "toy.png"}
+
+    runs, points = (read_csv(toy / "results" / name) for name in ("runs.csv", "curves.csv"))
+    assert [(run["objective"], run["seed"]) for run in runs] == [(o, s) for o in ("pg", "clip:0.2") for s in "12"]
+    assert float(runs[-1]["last_100_return"]) == summary["last_100_return"]
+    mine = [point for point in points if (point["objective"], point["seed"]) == ("clip:0.2", "2")]
+    assert 2 <= len(mine) <= 200
+    for column, (name, _) in ratchet.COLUMNS.items():
+        assert [float(p[name]) for p in mine] == pytest.approx([float(m[column]) for m in metrics], rel=1e-5)
+    assert all(float(p["clipfrac"]) == 0 for p in points if p["objective"] == "pg")  # nothing is clipped
+
+    mean = np.mean([float(run["last_100_return"]) for run in runs[2:]])
+    kl = max(float(point["kl_after_update"]) for point in points if point["objective"] == "clip:0.2")
+    text = (toy / "results/summary.md").read_text()
+    assert f"| PPO (clip:0.2) | 2 | {mean:.1f} (" in text and f" | {kl:.2g} | " in text
+    assert "--objective pg --update-epochs 1 --num-minibatches 1 --seed S  # S = 1 to 2\n" in text
+
+
+def test_ratchet_refuses_what_it_cannot_report(toy):
+    with pytest.raises(OSError, match=r"runs\.csv"):
+        ratchet.main(["--report"])
+    shutil.copytree(toy / "runs/toy/clip-0.2/1", toy / "runs/toy/clip-0.2/2")
+    with pytest.raises(UserError, match=r"clip-0\.2/2 ran with seed 1 instead of 2"):
+        ratchet.main([])
+    config = toy / "runs/toy/clip-0.2/2/config.json"
+    config.write_text(config.read_text().replace('"seed": 1', '"seed": 2'))
+    (config.parent / "summary.json").write_text("[]")
+    with pytest.raises(UserError, match=r"clip-0\.2/2 cannot be reported"):
+        ratchet.main([])
+    assert not (toy / "results").exists()
