@@ -1,0 +1,188 @@
+"""The documented results on Atari, again from nothing: every run a process of ppo_atari.py.
+
+    python benchmark/atari.py                       # all runs, one after another, then the report: hours
+    python benchmark/atari.py --runs pong           # Pong for 3M steps with all other flags at their defaults
+    python benchmark/atari.py --runs bfloat16 float32 --jobs 2    # 1M steps in either arithmetic, side by side
+    python benchmark/atari.py --report              # the report alone, from the runs there are
+
+Runs live in runs/atari/. One that was interrupted goes on at its last checkpoint, a finished one is left alone, so the
+same command may be given again and again. The report is benchmark/results/atari/: runs.csv, curves.csv, summary.md and
+a picture per group of runs. It covers the runs that have finished, and says which have not.
+"""
+
+import json
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark import Parser, UserError, cli, machine, markdown, plot, positive, read_csv, write_csv
+from benchmark.classic import describe, execute, first_step_at_threshold, provenance
+from ppo_atari import Args, parse_args
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = Path("runs/atari")  # below ROOT, where the runs are started
+RESULTS = ROOT / "benchmark/results/atari"
+
+
+class Task(NamedTuple):
+    group: str  # a picture each
+    flags: str
+    threshold: float | None = None  # what the mean return of 100 consecutive games must reach
+
+
+PRECISION = "--total-timesteps 1000000 --threads 1 --precision"  # one thread: two runs share two cores
+TASKS = {
+    "pong": Task("pong", "--total-timesteps 3000000", 15),
+    "bfloat16": Task("precision", f"{PRECISION} bfloat16"),
+    "float32": Task("precision", f"{PRECISION} float32"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ RUNS
+def folder(name: str) -> Path:
+    """Of a run, below ROOT."""
+    return RUNS / name
+
+
+def command(name: str) -> list[str]:
+    """What follows `python` to start a run."""
+    return f"ppo_atari.py {TASKS[name].flags} --run-dir {folder(name)}".split()
+
+
+def finished(name: str) -> bool:
+    return (ROOT / folder(name) / "summary.json").exists()
+
+
+def read_config(name: str) -> dict:
+    """A run's config.json. Raises UserError where there is none, or where it is not that of this run's command: then
+    the report would state flags that never ran."""
+    try:
+        config = json.loads((ROOT / folder(name) / "config.json").read_text())
+        made = config["args"]
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise UserError(f"{folder(name)} has no config.json that can be read: {reason!r}") from reason
+    derived = {"run_dir", "checkpoint_every", "precision"}  # what the script fills in by itself
+    for flag, value in vars(parse_args(Args, command(name)[1:])).items():
+        if made.get(flag, value) != value and not (flag in derived and value in (0, "auto", str(folder(name)))):
+            what = f"{flag} {made[flag]} instead of {value}"
+            raise UserError(f"{folder(name)} ran with {what}; remove the folder and run it again")
+    return config
+
+
+def complete(name: str) -> None:
+    """Start a run, go on with it, or leave it alone, whatever its folder asks for. Raises UserError where it fails."""
+    if finished(name):
+        return
+    if (ROOT / folder(name) / "config.json").exists():
+        read_config(name)  # refuse what could not be reported now, not after hours
+        execute(["ppo_atari.py", "--resume", str(folder(name))])
+    else:
+        shutil.rmtree(ROOT / folder(name), ignore_errors=True)  # stopped before its first file was whole
+        execute(command(name))
+
+
+def complete_all(names: list[str], jobs: int) -> None:
+    """Complete these runs, `jobs` at a time. One that fails does not stop the others; then UserError."""
+    failures = []
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(names), unit=" runs", disable=None) as bar:
+        try:
+            for future in as_completed([pool.submit(complete, name) for name in names]):
+                if future.exception():
+                    failures.append(str(future.exception()))
+                bar.update()
+        except KeyboardInterrupt:  # the terminal has told the processes too
+            pool.shutdown(cancel_futures=True)
+            raise
+    if failures:
+        raise UserError(f"{len(failures)} of {len(names)} runs failed: {'; '.join(sorted(failures))}")
+
+
+# ---------------------------------------------------------------------------------------------------------- REPORT
+def read_run(name: str) -> tuple[dict, list[dict]]:
+    """A finished run's row of runs.csv and its rows of curves.csv. Raises UserError where a file does not fit."""
+    config, path, task = read_config(name), ROOT / folder(name), TASKS[name]
+    try:
+        (summary,) = json.loads((path / "summary.json").read_text())
+        metrics, episodes = (read_csv(path / file) for file in ("metrics.csv", "episodes.csv"))
+        row = {"run": name, "env_id": summary["env_id"], "seed": summary["seed"]}
+        row |= {"precision": config["args"]["precision"], "command": f"python {' '.join(command(name))}"}
+        wanted = "total_timesteps wall_seconds sps last_100_return eval_return_mean eval_return_std eval_episodes"
+        row |= provenance(config) | {"envpool": config["versions"]["envpool"]}
+        row |= {key: summary[key] for key in wanted.split()}
+        row |= {"games": len(episodes), "mean_return": np.mean([float(episode["return"]) for episode in episodes])}
+        reached = None if task.threshold is None else first_step_at_threshold(metrics, episodes, task.threshold)
+        row |= {"threshold": task.threshold, "first_step_at_threshold": reached}
+        seen = [(point["global_step"], point["charts/episodic_return"]) for point in metrics]
+        seen = [(step, ret) for step, ret in seen if ret]  # none before the first game has ended
+        kept = [seen[i] for i in np.unique(np.linspace(0, len(seen) - 1, 200).round().astype(int))]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as reason:
+        raise UserError(f"{folder(name)} cannot be reported: {reason!r}") from reason
+    where = {"group": task.group, "run": name, "seed": row["seed"]}
+    return row, [where | {"global_step": step, "episodic_return": ret} for step, ret in kept]
+
+
+def summarise(row: dict) -> dict:
+    """A run's row of summary.md, from its row of runs.csv."""
+    reached = "" if row["first_step_at_threshold"] is None else f"{row['first_step_at_threshold']:,}"
+    return {
+        "run": row["run"],
+        "environment": row["env_id"],
+        "precision": row["precision"],
+        "steps": f"{row['total_timesteps']:,}",
+        "hours": f"{row['wall_seconds'] / 3600:.1f}",
+        "steps/s": f"{row['sps']:,.0f}",
+        "last 100 games, mean": f"{row['last_100_return']:.1f}",
+        "all games, mean": f"{row['mean_return']:.1f}",
+        "evaluation": f"{row['eval_return_mean']:.1f} +- {row['eval_return_std']:.1f}",
+        "steps to threshold": f"{reached} ({row['threshold']:g})" if reached else "",
+    }
+
+
+NOTE = """
+Returns are whole games in the game's own points. "Last 100" are the last ones of training, "evaluation" is greedy, on
+seeds that training never used; a threshold is for the mean of 100 consecutive training games. CPU and cores are those
+of the machine that wrote this report; runs may have shared it, so hours and steps/s are no measurement of speed.
+"""
+
+
+def report(names: list[str]) -> None:
+    """Write everything in RESULTS from the finished ones of these runs; the same runs give the same bytes. Raises
+    UserError where none has finished, before anything is written."""
+    done, missing = ([name for name in names if finished(name) == wanted] for wanted in (True, False))
+    if not done:
+        raise UserError(f"no run has finished; run benchmark/atari.py without --report: {', '.join(names)}")
+    rows, points = zip(*map(read_run, done), strict=True)
+    write_csv(RESULTS / "runs.csv", rows)
+    write_csv(RESULTS / "curves.csv", [point for curve in points for point in curve])
+    panels = plot.read_curves(RESULTS / "curves.csv", panel="group", line="run")
+    text = "# Atari\n\n" + "".join(f"    {row['command']}\n" for row in rows)
+    for group, lines in panels.items():
+        threshold = next(TASKS[name].threshold for name in done if TASKS[name].group == group)
+        (env_id,) = {row["env_id"] for row in rows if row["run"] in lines}
+        plot.draw(RESULTS / f"{group}.png", {env_id: lines}, threshold)
+    text += f"\n{describe([row | machine() for row in rows])}; envpool {rows[0]['envpool']}\n\n"
+    text += markdown([summarise(row) for row in rows]) + NOTE
+    text += f"\nNot finished: {', '.join(missing)}.\n" if missing else ""
+    (RESULTS / "summary.md").write_text(text)
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("Rerun the documented results on Atari and report them.")
+    parser.add_argument("--runs", nargs="+", choices=TASKS, default=list(TASKS), help="what to run and to report")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the runs there are")
+    args = parser.parse_args(argv)
+    if not args.report:
+        complete_all(args.runs, args.jobs)
+    report(list(TASKS))
+    print(RESULTS / "summary.md")
+
+
+if __name__ == "__main__":
+    cli(main)
