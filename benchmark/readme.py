@@ -49,6 +49,8 @@ BLOCKS = {
     "transcript": result("classic/transcript.md"),
     "details": details,
     "classic": result("classic/summary.md"),
+    "mujoco": result("table1-modern/learning.md"),
+    "speed-mujoco": result("speed/mujoco.md"),
     "speed-cartpole": result("speed/cartpole.md"),
 }
 

@@ -40,6 +40,7 @@ from typing import NamedTuple
 
 import envpool
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -392,6 +393,7 @@ def measure_random(grid: Grid, settings: list[str], path: Path) -> None:
 
 def untrained(args: ppo_continuous.Args) -> list[list[float]]:
     """Returns [A][E] of A fresh agents, actions sampled."""
+    torch.set_num_threads(1)  # as in train(): the bits of initial weights depend on it
     env = ppo_continuous.make_envs(args, [0])
     dims = env.obs.shape[-1], env.actions.shape[0]
     env.close()
