@@ -500,7 +500,7 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
     args, saved = load_run(Args, args.resume) if args.resume is not None else (replace(args), None)
     args.check()
     rank, world = join(args.device)
-    threads = args.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads = args.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(1)  # here and in rollouts: bits depend on it, and EnvPool needs the other cores
     loss_fn = compiled(minibatch_loss) if args.compile else minibatch_loss
     objective, own = parse_objective(args.objective), args.num_envs // world
@@ -877,6 +877,11 @@ def video(path: Path):
 
     path.parent.mkdir(exist_ok=True)
     return FFMPEG_VideoWriter(str(path), size=(160, 210), fps=15, pixel_format="rgb24")
+
+
+def cores() -> int:
+    """CPU cores that this process may use: those of the machine, or fewer under taskset or a job scheduler."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_agent(run_dir: str) -> tuple["Agent", Args]:

@@ -504,7 +504,7 @@ def train(args: Args) -> tuple[dict, list[dict]]:
     step = torch.compile(step, dynamic=False) if args.compile else step
     fixed = {"log_prob": [o.log_prob for o in objectives], "epsilon": [o.epsilon for o in objectives]}
     run = Run(args, {"env_id": args.env_id}, math.ceil(50 * actors.envs.longest / args.num_steps), saved)
-    threads = (os.cpu_count() or 1) if len(agents) >= 4 else 1  # one agent's steps are too small to share
+    threads = cores() if len(agents) >= 4 else 1  # one agent's steps are too small to share
     while state["update"] < args.num_updates:
         # ROLLOUT
         torch.set_num_threads(1)
@@ -863,6 +863,11 @@ def parse_args(cls: type, argv: list[str]) -> Args:
 
 
 # ------------------------------------------------------------------------------------------------------ SETTING UP
+def cores() -> int:
+    """CPU cores that this process may use: those of the machine, or fewer under taskset or a job scheduler."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def choose_backend(args: Args) -> str:
     """What --env-backend means here. Raises UserError where EnvPool is asked for and does not know the id."""
     known = envpool.list_all_envs()

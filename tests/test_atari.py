@@ -58,6 +58,17 @@ def test_what_the_scripts_share_is_the_same_text(start, end):
     assert text_between("ppo_cartpole.py", start, end) == text_between("ppo_atari.py", start, end)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot restrict a process to a core")
+def test_cores_are_those_the_process_may_use():
+    allowed, text = os.sched_getaffinity(0), text_between("ppo_atari.py", "def cores(", "\n\n\n")
+    assert ppo.cores() == len(allowed) and text == text_between("ppo_continuous.py", "def cores(", "\n\n\n")
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert ppo.cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def arguments(**flags) -> Args:
     args = Args(**flags)
     args.check()
