@@ -232,9 +232,7 @@ def test_update_is_that_of_stable_baselines3(norm_adv, monkeypatch):
 
     optimizer = torch.optim.Adam(agent.parameters(), lr=3e-3, eps=1e-5, fused=True)
     before = torch.cat([p.detach().flatten().clone() for p in ours])
-    metrics = ppo.update(
-        agent, optimizer, batch, Objective(epsilon=0.2), 0.0, args, torch.Generator().manual_seed(5)
-    )
+    metrics = ppo.update(agent, optimizer, batch, Objective(epsilon=0.2), 0.0, args, torch.Generator().manual_seed(5))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert (torch.cat([p.detach().flatten() for p in ours]) - before).abs().max() > 1e-3
