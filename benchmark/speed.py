@@ -1,12 +1,13 @@
 """Steps per second, side by side with other implementations of the same algorithm at the same setting.
 
-    python benchmark/speed.py                        # every suite whose peers are installed; on an idle machine only
+    python benchmark/speed.py                        # every suite; on an idle machine only
     python benchmark/speed.py mujoco --rounds 3
     python benchmark/speed.py mujoco --contestants one sb3
 
 Every measurement is a process of its own, and the contestants of a suite take turns, round after round, so that a slow
-minute of the machine strikes all of them alike. Compared are ratios within a round. Writes benchmark/results/speed/:
-SUITE.csv, a row per measurement, and SUITE.md, the table that is also printed. To measure more, add a Contestant.
+minute of the machine strikes all of them alike. SBX takes part where requirements-peers.txt is installed. Compared are
+ratios within a round. Writes benchmark/results/speed/: SUITE.csv, a row per measurement, and SUITE.md, the table that
+is also printed. To measure more, add a Contestant.
 """
 
 import contextlib
@@ -22,7 +23,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +33,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import grpo_toy
+import ppo_atari
 import ppo_cartpole
 import ppo_continuous
 from benchmark import Parser, UserError, cli, machine, markdown, positive, write_csv
@@ -43,12 +48,13 @@ GRID["objectives"] += ("kl:0.3", "kl:1", "kl:3", "kl:10")
 
 
 # ------------------------------------------------------------------------------------------------------ MEASUREMENTS
-def ours(script, total_timesteps: int, threads: int, **flags) -> dict:
+def ours(script, total_timesteps: int, threads: int, /, **flags) -> dict:
     """A run of one of the scripts, which set their threads themselves: timed from the end of the first update."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cache"  # empty: what a first run pays for compiling
         run_dir = Path(folder, "run")
-        args = script.Args(total_timesteps=total_timesteps, run_dir=str(run_dir), eval_episodes=1, **flags)
+        flags |= {name: 1 for name in ("eval_episodes", "eval_prompts") if hasattr(script.Args, name)}
+        args = script.Args(total_timesteps=total_timesteps, run_dir=str(run_dir), **flags)
         _, (summary, *_) = script.train(args)
         first = script.load_checkpoint(run_dir / "checkpoint.pt")["seconds"]["first"]
         return {"steps_per_second": summary["sps"], "first_update_seconds": first}
@@ -109,6 +115,79 @@ def sbx_mujoco(total_timesteps: int, threads: int) -> dict:
 
     args, envs = cheetah(total_timesteps)
     return learned(PPO("MlpPolicy", envs, **common(args)), args)
+
+
+def sb3_atari(total_timesteps: int, threads: int) -> dict:
+    """At the defaults of ppo_atari.py, with its own emulator and wrappers around it."""
+    import ale_py
+    import gymnasium
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    if threads:
+        torch.set_num_threads(threads)
+    gymnasium.register_envs(ale_py)
+    args = ppo_atari.Args(total_timesteps=total_timesteps)
+    envs = VecFrameStack(make_atari_env("PongNoFrameskip-v4", args.num_envs, seed=1), 4)
+    told = common(args) | {"clip_range": lambda left: 0.1 * left}
+    return learned(PPO("CnnPolicy", envs, device="cpu", **told), args)
+
+
+class Idle:
+    """In place of EnvPool: games of 1000 steps that show the same noise for ever and cost nothing."""
+
+    def __init__(self, *_, num_envs: int, **__):
+        rng = np.random.default_rng(0)
+        self.obs, self.action_space = rng.integers(0, 256, (num_envs, 4, 84, 84), np.uint8), SimpleNamespace(n=6)
+        self.nothing, self.count = np.zeros(num_envs, np.float32), 0
+
+    def reset(self) -> tuple:
+        return self.obs, {"lives": self.nothing}
+
+    def step(self, _) -> tuple:
+        self.count += 1
+        over = self.nothing + (self.count % 1000 == 0)
+        return self.obs, self.nothing, over > 0, over > 1, {"lives": self.nothing, "reward": over, "terminated": over}
+
+    def close(self) -> None:
+        pass
+
+
+def network(total_timesteps: int, threads: int) -> dict:
+    """ppo_atari.py without an emulator: acting and updating alone."""
+    ppo_atari.envpool = SimpleNamespace(make=Idle)
+    return ours(ppo_atari, total_timesteps, threads)
+
+
+def emulators(total_timesteps: int, threads: int) -> dict:
+    """The environments of ppo_atari.py alone, stepped with random actions."""
+    args = ppo_atari.Args()
+    actors, steps = ppo_atari.start_actors(args, 0, args.num_envs), total_timesteps // args.num_envs
+    actions = np.random.default_rng(0).integers(0, actors.envs.action_space.n, (steps, args.num_envs))
+    start = time.perf_counter()
+    for action in actions:
+        ppo_atari.play(actors, action)
+    return {"steps_per_second": steps * args.num_envs / (time.perf_counter() - start), "first_update_seconds": None}
+
+
+def grpo(total_timesteps: int, threads: int) -> dict:
+    """ours() for grpo_toy.py, whose steps are sampled answers."""
+    return ours(grpo_toy, total_timesteps, threads, threads=threads)
+
+
+def writing(total_timesteps: int, threads: int) -> dict:
+    """What grpo_toy.py does before it learns: answers are sampled and verified."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    args, task = grpo_toy.Args(), grpo_toy.sort_task()
+    agent, rng = grpo_toy.Agent(len(task.vocab), len(task.prompts[0]) + task.max_length), torch.Generator()
+    prompts, batches = task.prompts[: args.num_prompts], total_timesteps // args.batch_size
+    start = time.perf_counter()
+    for _ in range(batches):
+        batch = grpo_toy.sample(agent, task.encode(prompts), args.group_size, task.max_length, 1.0, rng)
+        grpo_toy.verify(task, prompts, batch)
+    return {"steps_per_second": batches * args.batch_size / (time.perf_counter() - start), "first_update_seconds": None}
 
 
 def crowd(suite: str, key: str, total_timesteps: int, threads: int) -> dict:
@@ -191,9 +270,41 @@ SUITES = {
             "simulator": Contestant("the environment alone, Gymnasium", partial(simulators, 1), 1),
             "simulators": Contestant("33 environments alone, EnvPool", partial(simulators, 33), 1, 33, CORES, 1 / 4),
         },
-        ("one", "grid", "sb3", "sb3-crowd", "simulator", "simulators"),
+        ("one", "grid", "sb3", "sb3-crowd", "sbx", "simulator", "simulators"),
         40_960,
         ppo_continuous.Args().batch_size,
+    ),
+    "atari": Suite(
+        "Pong at the defaults of ppo_atari.py in all, the paper's Table 5: 8 environments x 128 steps, 3 epochs of 4 "
+        "minibatches, the Nature CNN, Adam, on the CPU, every core of it. ppo_atari.py computes in bfloat16 where the "
+        "CPU can, on EnvPool; Stable-Baselines3 in float32, on its own wrappers around ale-py. The ceiling of a loop "
+        "that does one thing at a time is 1 / (1 / the emulators alone + 1 / the network alone).",
+        "sb3",
+        {
+            "ours": Contestant("ppo_atari.py", partial(ours, ppo_atari), CORES, 1, CORES),
+            "ours-float32": Contestant(
+                "ppo_atari.py --precision float32", partial(ours, ppo_atari, precision="float32"), CORES, 1, CORES
+            ),
+            "sb3": Contestant("Stable-Baselines3 PPO", sb3_atari, 0, 1, CORES),
+            "emulators": Contestant("8 environments alone, EnvPool", emulators, 1, 1, CORES),
+            "network": Contestant("ppo_atari.py without environments", network, CORES, 1, CORES),
+        },
+        ("ours", "ours-float32", "sb3", "emulators", "network"),
+        15_360,
+        ppo_atari.Args().batch_size,
+    ),
+    "grpo": Suite(
+        "The task sort at the defaults of grpo_toy.py: 64 questions x 8 answers, 2 gradient steps on each batch, on "
+        "the CPU. A step is a sampled answer.",
+        "one-thread",
+        {
+            "ours": Contestant("grpo_toy.py", grpo, CORES, 1, CORES),
+            "one-thread": Contestant("grpo_toy.py --threads 1", grpo, 1),
+            "writing": Contestant("answers sampled and verified, nothing learned", writing, 1),
+        },
+        ("ours", "one-thread", "writing"),
+        40_960,
+        grpo_toy.Args().batch_size,
     ),
 }
 
@@ -246,6 +357,7 @@ def compare(name: str, keys: list[str], rounds: int, total_timesteps: int, threa
     about = {"started": datetime.datetime.now().isoformat(timespec="seconds")}
     about["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     packages = ["torch", "gymnasium", "envpool", "stable-baselines3"] + ["sbx-rl", "jax"] * ("sbx" in keys)
+    packages += ["ale-py"] * (name == "atari")
     about |= {package: version(package) for package in packages}
     about |= {"python": sys.version.split()[0]} | machine()
     rows = []
@@ -291,7 +403,8 @@ def main(argv: list[str]) -> None:
         if args.worker:
             work(name, args.worker, steps, args.threads)
         else:
-            compare(name, args.contestants or list(SUITES[name].default), args.rounds, steps, args.threads)
+            usual = [key for key in SUITES[name].default if key != "sbx" or find_spec("sbx")]
+            compare(name, args.contestants or usual, args.rounds, steps, args.threads)
 
 
 if __name__ == "__main__":
