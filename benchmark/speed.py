@@ -296,13 +296,13 @@ SUITES = {
     "grpo": Suite(
         "The task sort at the defaults of grpo_toy.py: 64 questions x 8 answers, 2 gradient steps on each batch, on "
         "the CPU. A step is a sampled answer.",
-        "one-thread",
+        "ours",
         {
-            "ours": Contestant("grpo_toy.py", grpo, CORES, 1, CORES),
-            "one-thread": Contestant("grpo_toy.py --threads 1", grpo, 1),
+            "ours": Contestant("grpo_toy.py", grpo, 1),
+            "threads": Contestant(f"grpo_toy.py --threads {CORES}", grpo, CORES, 1, CORES),
             "writing": Contestant("answers sampled and verified, nothing learned", writing, 1),
         },
-        ("ours", "one-thread", "writing"),
+        ("ours", "threads", "writing"),
         40_960,
         grpo_toy.Args().batch_size,
     ),
