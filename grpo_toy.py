@@ -4,10 +4,10 @@ Shao et al. (2024), "DeepSeekMath", https://arxiv.org/abs/2402.03300, made known
 https://arxiv.org/abs/2501.12948. A policy that writes text is asked a question q, writes a group of G answers o_1 ...
 o_G, and a program verifies each of them. What the group got on average is the baseline, so there is no critic:
 
-    advantage    A_i = (r_i - mean(r_1 ... r_G)) / std(r_1 ... r_G)
+    advantage    A_i = (R_i - mean(R_1 ... R_G)) / std(R_1 ... R_G), R_i the reward of o_i
     objective    1/G sum_i 1/|o_i| sum_t { min[ r_it A_i, clip(r_it, 1-eps, 1+eps) A_i ] - beta KL[pi, pi_ref] } (eq. 3)
-    ratio        r_it = pi(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t), as in PPO
-    KL           pi_ref/pi - log pi_ref/pi - 1, at every token                                                  (eq. 4)
+    ratio        r_it = pi(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t), pi_old: which wrote the answers
+    KL           pi_ref/pi - log pi_ref/pi - 1, at every token; pi_ref: the policy before RL                    (eq. 4)
 
 Everything is here: tasks with held-out questions and a verifier, a transformer of about 100,000 parameters, sampling
 with a key-value cache, the loss, the loop. No pretrained weights, no downloads. Equations are those of DeepSeekMath.
@@ -24,8 +24,10 @@ the second step the ratio leaves 1, so that clipping is not idle. Its published 
     DAPO (Yu et al. 2025), clip-higher, mean over tokens    --loss-agg dapo --clip-high 0.28 --kl-coef 0
     GSPO (Zheng et al. 2025), geometric mean of the ratios  --ratio sequence-mean --clip-low 3e-4 --clip-high 4e-4
     RLOO (Ahmadian et al. 2024), the others as baseline     --baseline leave-one-out --scale-rewards none
+                                                            --ratio sequence --num-iterations 1
 
-Left out are DAPO's dynamic sampling and overlong penalty, and R1's KL of whole answers: it is one per token here.
+Left out are DAPO's dynamic sampling and overlong penalty, RLOO's KL as a part of the reward, and R1's KL of whole
+answers: it is one per token here. DAPO's mean is over the tokens of the batch here, in its paper over a group's.
 Names of metrics are TRL's where TRL has one. A "step" of this script is one sampled answer. The run folder under runs/
 holds config.json, metrics.csv, episodes.csv (a row per answer, group after group: its reward, its length in tokens),
 checkpoint.pt and summary.json.
@@ -83,7 +85,7 @@ class Args:
     temperature: float = 1.0
     """divides the logits when answers are sampled and, alike, wherever they are scored"""
     warmup_steps: int | None = None
-    """supervised steps before, on answers of the right form to other questions; None takes the task's own number"""
+    """supervised steps before, on answers of the right form, right only by chance; None takes the task's own number"""
 
     # Advantages
     baseline: Literal["group", "batch", "leave-one-out", "none"] = "group"
@@ -135,7 +137,7 @@ class Args:
     evaluate: str | None = None
     """evaluate the run in this folder instead of training; only the two flags below may go with it"""
     eval_prompts: int = 500
-    """held-out questions, at most as many as the task has"""
+    """held-out questions, repeats included, at most as many as the task has"""
     pass_k: int = 16
     """answers sampled to each for pass@k: the share of questions with at least one right answer"""
 
@@ -158,13 +160,15 @@ class Args:
         counts = {"total_timesteps": (1, 10**12), "num_prompts": (1, 2**16), "group_size": (2, 2**16)}
         counts |= {"warmup_steps": (0, 10**9), "num_iterations": (1, 2**16), "ref_sync": (0, 10**9)}
         counts |= {"threads": (1, 2**10), "checkpoint_every": (1, 10**9), "seed": (0, 2**31 - 1)}
-        for name, (least, most) in (counts | {"eval_prompts": (1, 10**9), "pass_k": (1, 2**16)}).items():
+        for name, (least, most) in (counts | {"eval_prompts": (1, 10**9), "pass_k": (1, 2**11)}).items():
             if getattr(self, name) is not None and not least <= getattr(self, name) <= most:
                 what = f"must be between {least} and {most}, not {getattr(self, name)}"
                 raise UserError(f"--{name.replace('_', '-')} {what}")
         if not 0 < self.clip_low < 1:
             raise UserError(f"--clip-low must be between 0 and 1, not {self.clip_low}")
-        for name in ("temperature", "learning_rate", "clip_high"):
+        if not 1e-3 <= self.temperature < math.inf:
+            raise UserError(f"--temperature must be a number from 0.001 on, not {self.temperature}")
+        for name in ("learning_rate", "clip_high"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
         if not 0 <= self.kl_coef < math.inf:
@@ -187,7 +191,7 @@ class Task(NamedTuple):
     name: str
     vocab: list[str]  # all words of questions and answers; the first one ends an answer
     prompts: list[list[str]]  # the questions to learn from, all of one length
-    held_out: list[list[str]]  # those to be tested on, in random order
+    held_out: list[list[str]]  # those to be tested on, in random order; short ones recur, as in training
     max_length: int  # of an answer, its end included; a longer one is cut off
     # question, answer with its end, unless it was cut off -> reward; the answer is right if that is 1
     verify: Callable[[list[str], list[str]], float]
@@ -209,7 +213,7 @@ class Task(NamedTuple):
 
 def split(prompts: list[list[str]], key: Callable) -> tuple[list, list]:
     """(questions to learn from, held-out ones): a tenth of all keys, and with them every question that has one."""
-    held = [stream(0, str(key(prompt))) % 10 == 0 for prompt in prompts]
+    held = [stream(0, str(key(prompt))) % 10 == 0 for prompt in prompts]  # stream(): a hash
     return tuple([prompt for prompt, h in zip(prompts, held, strict=True) if h == out] for out in (False, True))
 
 
@@ -317,7 +321,7 @@ def group_advantages(rewards: Tensor, baseline: str, scale: str) -> Tensor:
     """rewards [P, G] -> advantages [P, G], with the mean and standard deviation that `baseline` and `scale` name.
 
     Equal rewards, found by max == min because their mean may be off by a rounding error, have no advantage over it,
-    exactly, and no spread to be divided by: a group all right or all wrong teaches nothing."""
+    exactly, and no spread to be divided by: with its own baseline, a group all right or all wrong teaches nothing."""
 
     def pool(name: str) -> tuple[Tensor, Tensor]:
         x = rewards.view(1, -1) if name == "batch" else rewards
@@ -362,7 +366,8 @@ def grpo_loss(log_probs: Tensor, batch: Batch, max_length: int, args: Args) -> t
     """
     tokens, mask, advantages = batch["tokens"].unsqueeze(-1), batch["mask"], batch["advantages"].unsqueeze(-1)
     distributions = log_probs, batch["log_probs"], batch["ref_log_probs"]
-    new, old, reference = (x.gather(-1, tokens).squeeze(-1) for x in distributions)  # [N, T]
+    # after the end 0, whatever is there: an overflow times mask would be NaN
+    new, old, reference = (x.gather(-1, tokens).squeeze(-1).masked_fill(~mask, 0.0) for x in distributions)  # [N, T]
     lengths = mask.sum(-1, keepdim=True)
 
     log_ratio = new - old

@@ -5,8 +5,9 @@ size and clip range both fall linearly to zero. Read ppo_cartpole.py first; equa
 here. What is new: pixels, a game that is counted in two ways, and several processes.
 
 Learning sees the protocol of Mnih et al. (2015): an action is held for 4 frames, 4 gray 84 x 84 images are stacked, a
-game starts with up to 30 idle frames, rewards are cut to their sign, a lost life ends an episode. What is reported is
-the game that a person would play: raw points over all lives. The network has filters 32-64-64 and 512 units, as in
+game starts with up to 30 idle frames, rewards are cut to their sign, a lost life ends an episode. Besides, FIRE is
+pressed after every reset of a game that has it, and a game is truncated after 27,000 steps. What is reported is the
+game that a person would play: raw points over all lives. The network has filters 32-64-64 and 512 units, as in
 Mnih et al. (2015); the paper cites the smaller one of Mnih et al. (2016), but its code and everybody since took this.
 
     python ppo_atari.py --total-timesteps 3000000              # Pong; about an hour on two idle cores
@@ -16,7 +17,8 @@ Mnih et al. (2015); the paper cites the smaller one of Mnih et al. (2016), but i
     python ppo_atari.py --evaluate RUN_DIR --capture-video
 
 Under torchrun the actors are split over the ranks, and the sum of the ranks' gradients is that of one process with all
-of the actors; rank 0 writes the run folder (which, on several nodes, --resume must be able to read everywhere).
+of the actors; rank 0 writes the run folder (which, on several nodes, --resume must be able to read everywhere; it
+repeats the same bits only with as many ranks as before).
 """
 
 import contextlib
@@ -112,7 +114,7 @@ class Args:
     device: str = "cpu"
     """cpu or cuda; under torchrun, cuda gives each process of a machine its own GPU"""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """arithmetic of the convolutions and the layer after them; auto takes bfloat16 where the device has it"""
+    """arithmetic of the convolutions and the layer after them (float32 on a GPU: TF32); auto: bfloat16 if native"""
     compile: bool = False
     """torch.compile the loss, for a GPU; on a CPU it gains nothing, the convolutions being what takes the time"""
     threads: int = 0
@@ -120,7 +122,7 @@ class Args:
     run_dir: str | None = None
     """folder of this run; None makes one under runs/"""
     checkpoint_every: int = 0
-    """updates between checkpoints; each abandons unfinished games, so 0 spaces them by 50 games of 2,560 steps"""
+    """updates between checkpoints, which abandon unfinished games; 0: 50 games of 2,560 steps; raise it for longer"""
     resume: str | None = None
     """continue the run in this folder; no other flag may be given, all come from its config.json"""
     track: bool = False
@@ -192,9 +194,13 @@ class Args:
         if self.device not in ("cpu", "cuda"):
             raise UserError(f"--device must be cpu or cuda, not {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: this machine or this build of PyTorch has no CUDA; leave the flag out")
+            raise UserError(
+                "--device cuda: this machine or this build of PyTorch has no CUDA; use another, or --device cpu"
+            )
+        if self.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs are fewer than the ranks; start fewer")
         if self.capture_video and find_spec("moviepy") is None:
-            raise UserError("--capture-video needs moviepy: pip install moviepy, or leave the flag out")
+            raise UserError("--capture-video needs moviepy: pip install moviepy, or start without the flag")
         if self.precision == "auto":  # on a CPU without instructions for it, bfloat16 is slower than float32
             cuda, cpu = torch.cuda.is_bf16_supported, torch.cpu._is_avx512_bf16_supported
             native = cuda(including_emulation=False) if self.device == "cuda" else cpu()
@@ -248,11 +254,11 @@ def start_actors(args: Args, seed: int, num_envs: int, **options) -> SimpleNames
     protocol |= {"episodic_life": True, "reward_clip": True, "use_fire_reset": True, "max_episode_steps": 27_000}
     protocol |= {"repeat_action_probability": args.sticky_actions, "full_action_space": args.full_action_space}
     pool = {"env_type": "gymnasium", "num_envs": num_envs, "seed": list(range(seed, seed + num_envs))}
-    envs, returns, lengths = envpool.make(args.env_id, **pool | protocol | options), *np.zeros((2, num_envs))
-    obs, info = envs.reset()
-    actors = SimpleNamespace(envs=envs, obs=obs, lives=info["lives"], returns=returns, lengths=lengths)  # of the game
-    actors.ended = actors.lost = returns > 0  # what the last step ended: a learning episode; only a life, not the game
-    return actors
+    envs = envpool.make(args.env_id, **pool | protocol | options)
+    (obs, info), (returns, lengths) = envs.reset(), np.zeros((2, num_envs))  # of the game so far, over all lives
+    ended, lost = np.zeros((2, num_envs), bool)  # did the last step end a life or the game; did it end a life alone?
+    state = {"obs": obs, "lives": info["lives"], "returns": returns, "lengths": lengths, "ended": ended, "lost": lost}
+    return SimpleNamespace(envs=envs, **state)
 
 
 def play(actors: SimpleNamespace, actions: np.ndarray) -> tuple:
@@ -267,7 +273,7 @@ def play(actors: SimpleNamespace, actions: np.ndarray) -> tuple:
     actors.returns, actors.lengths = actors.returns + info["reward"], actors.lengths + ~actors.ended
     unseen = actors.lost & (info["lives"] > actors.lives)
     terminated = terminated | (info["terminated"] > 0)  # EnvPool has a game over at the time limit truncated
-    over = (info["terminated"] > 0) | truncated | unseen
+    over = ((info["terminated"] > 0) | truncated | unseen) & (actors.lengths > 0)  # once, if idle frames end a game
     actors.ended, actors.lives = terminated | truncated, info["lives"]
     actors.lost = actors.ended & ~over
     return rewards, terminated, truncated, over
@@ -433,9 +439,9 @@ def collect(agent: Agent, actors: SimpleNamespace, noise: Tensor, seconds: dict)
 
 
 def update(agent, optimizer, batch: Batch, orders: Tensor, objective, beta, args, loss_fn=minibatch_loss) -> dict:
-    """K epochs of minibatch steps on this rank's B rows: obs, valid and what ppo_loss takes. orders [K, P, M]: which of
-    them are in each of P minibatches; a minibatch unites those of all ranks. Returns the means of the metrics over all
-    steps, and the exact KL after the last: on a minibatch's rows, or on all where the objective adapts to it."""
+    """K epochs of minibatch steps on this rank's B rows: obs, valid and what ppo_loss takes but weights. orders [K, P,
+    M]: which of them are in each of P minibatches; a minibatch unites those of all ranks. Returns the means of the
+    metrics over all steps, and the exact KL after the last: on a minibatch's rows, on all if the objective adapts."""
     parameters, history, ranks = list(agent.parameters()), [], total(torch.ones((), device=orders.device))
     # tensors, as torch.compile would take every new float for another program
     beta, epsilon = (torch.tensor(x, device=orders.device) for x in (beta, objective.epsilon))
@@ -501,7 +507,7 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
     args.check()
     rank, world = join(args.device)
     threads = args.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(1)  # here and in rollouts: bits depend on it, and EnvPool needs the other cores
+    torch.set_num_threads(1)  # but in updates: bits depend on it, and EnvPool needs the other cores
     loss_fn = compiled(minibatch_loss) if args.compile else minibatch_loss
     objective, own = parse_objective(args.objective), args.num_envs // world
     state = {"update": 0, "global_step": 0, "beta": objective.beta, "transitions": [0], "diverged_at": [None]}
@@ -517,7 +523,6 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
     run = (Run if rank == 0 else Silence)(args, {"env_id": args.env_id}, math.ceil(50 * 2560 / args.num_steps), saved)
     while state["update"] < args.num_updates:
         # ROLLOUT
-        torch.set_num_threads(1)
         # argmax(logits + Gumbel noise) is a sample of softmax(logits); every rank draws the noise of all actors
         noise = -torch.empty(args.num_steps, args.num_envs, dims[0]).exponential_(generator=rng["actions"]).log()
         noise = noise[:, first : first + own].to(args.device)
@@ -535,14 +540,15 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
         batch = {name: x.flatten(0, 1).to(args.device) for name, x in batch.items()}  # [T, N, ...] -> [B, ...]
 
         # UPDATE
-        lr, clipped = annealed(args, objective, state["update"])
+        lr, now = annealed(args, objective, state["update"])
         optimizer.param_groups[0]["lr"] = lr
         # a permutation for each epoch and rank, of which all draw all: the minibatches of a rank never change in size
         orders = [torch.randperm(own * args.num_steps, generator=rng["minibatches"])
                   for _ in range(args.update_epochs * world)][rank::world]  # fmt: skip
         orders = torch.stack(orders).unflatten(1, (args.num_minibatches, -1)).to(args.device)
         with run.timed("update"):
-            metrics = update(agent, optimizer, batch, orders, clipped, state["beta"], args, loss_fn)
+            metrics = update(agent, optimizer, batch, orders, now, state["beta"], args, loss_fn)
+        torch.set_num_threads(1)
         check_finite(metrics | {"weights": nn.utils.parameters_to_vector(agent.parameters())}, state["update"] + 1)
 
         # LOG
@@ -552,7 +558,7 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
         state["global_step"] += args.batch_size
         state["transitions"][0] += int(total(batch["valid"].sum()))
         charts = {"charts/learning_rate": lr, "charts/beta": state["beta"]}
-        charts["charts/epsilon"] = clipped.epsilon if clipped.epsilon < math.inf else None
+        charts["charts/epsilon"] = now.epsilon if now.epsilon < math.inf else None
         metrics["explained_variance"] = explained_variance(batch["values"], batch["returns"], batch["valid"])
         run.log(state, [charts], [metrics])
         state["beta"] = objective.adapt(state["beta"], metrics["kl_after_update"])
@@ -577,7 +583,7 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[list[float]]:
     while running.any():
         for i in running.nonzero()[0] if videos else ():
             videos[i].write_frame(*actors.envs.render(env_ids=[i]))
-        logits = agent(torch.from_numpy(actors.obs).permute(0, 2, 3, 1).to(args.device))[0].cpu()
+        logits = agent(torch.from_numpy(actors.obs).permute(0, 2, 3, 1).contiguous().to(args.device))[0].cpu()
         if args.sample_actions:
             logits -= torch.empty_like(logits).exponential_(generator=rng).log()
         *_, over = play(actors, logits.argmax(-1).numpy())
@@ -886,6 +892,7 @@ def cores() -> int:
 
 def load_agent(run_dir: str) -> tuple["Agent", Args]:
     """The trained agent of a run folder, on the CPU, and its flags. Raises UserError where there is no checkpoint."""
+    torch.set_num_threads(1)  # as in train()
     args, saved = load_run(Args, run_dir)
     if saved is None:
         raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")

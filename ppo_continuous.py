@@ -78,7 +78,7 @@ class Args:
     seeds: tuple[int, ...] = (1,)
     """one agent for every pair of seed and objective; a seed fixes weights, noise, minibatch order, environments"""
     preset: Literal["modern", "paper"] = "modern"
-    """defaults for the flags marked *: what everybody does today, or what the paper's own code did"""
+    """defaults for the flags marked *: what everybody does today, or, as far as known, what was done for the paper"""
 
     # How much data
     total_timesteps: int = 1_000_000

@@ -9,8 +9,8 @@ First both tasks at their defaults. Then ablations: what the baseline is, how la
 batch, how heavy the KL penalty, how tokens are averaged. Within an ablation everything else is the same, the number of
 sampled answers and the five seeds included. The last one is a demonstration, on a task made for it, `ramble`: whether
 an answer is right is settled by its first word, and filler may follow. Dividing by the answer's length, as GRPO does,
-makes a long wrong answer cheaper than a short one and a short right one dearer than a long one (Liu et al. 2025,
-https://arxiv.org/abs/2503.20783).
+punishes every word of a long wrong answer less than those of a short one, and rewards every word of a short right
+answer more than those of a long one (Liu et al. 2025, https://arxiv.org/abs/2503.20783).
 
 Runs live in runs/grpo/ and may be interrupted, as those of benchmark/classic.py. The report is
 benchmark/results/grpo/: runs.csv, curves.csv, summary.md and a picture per ablation.
@@ -249,8 +249,11 @@ def outcomes(ablation: Ablation, points: list[dict]) -> dict[str, np.ndarray]:
     for label in ablation.values:
         for seed in sorted({point["seed"] for point in points}, key=int):
             mine = [point for point in points if (point["value"], point["seed"]) == (label, seed)]
-            parts = [weight * mean([point[column] for point in mine]) for column, weight in ablation.weights]
-            found.setdefault(label, []).append(sum(parts))
+            answers = np.diff([0.0, *(float(point["global_step"]) for point in mine)])  # in each stretch
+            parts = [[weight * float(point[column] or "nan") for column, weight in ablation.weights] for point in mine]
+            total = np.sum(parts, axis=1)  # NaN where a column is empty: lengths are compared within a stretch
+            seen = ~np.isnan(total)
+            found.setdefault(label, []).append(np.average(total[seen], weights=answers[seen]).item())
     return {label: np.array(values) for label, values in found.items()}
 
 
@@ -296,12 +299,15 @@ def draw(path: Path, ablation: Ablation, points: list[dict]) -> None:
 
 
 NOTE = """
-Shares, lengths and differences are means over all answers sampled in training, then over seeds, with bootstrap 95%
-intervals over seeds. Differences are between runs of one seed, which start from the same weights. "No difference seen"
-stands where the interval of the difference contains 0: five seeds would miss a small one. pass@1 is the share of
-held-out questions whose greedy answer is right, pass@16 that of those to which one of 16 sampled answers is; "before"
-is after any warm-up. Pictures: means over seeds with bootstrap 95% intervals. Seconds are medians of whole runs,
-evaluations included; runs may have shared the machine, so they are no measurement of speed.
+Shares are means over all answers sampled in training; differences of length are means over the stretches of training
+that had both right and wrong answers; then over seeds, with bootstrap 95% intervals over seeds. Differences are between
+runs of one seed, which start from the same weights. "No difference seen" stands where the interval of the difference
+contains 0: five seeds would miss a small one, and, as a bootstrap of five is too narrow (it covers about 85%), about
+one in seven would show where there is none. pass@1 is the share of held-out questions (repeats included) whose greedy
+answer is right, pass@16 that of those to which one of 16 sampled answers is; "before" is after any warm-up. Pictures:
+means over seeds with bootstrap 95% intervals. Seconds are medians, from the start to the end of the last update, so the
+warm-up and the first evaluation are in them, the last evaluation is not; runs may have shared the machine, so they are
+no measurement of speed.
 """
 
 

@@ -533,15 +533,20 @@ def tell_scores(folder: Path, runs: list[dict], untrained: list[dict], grid: Gri
     best, worst = mean.argmax(), mean.argmin()
     near = mean >= np.percentile(draws[:, best], 2.5)
     averaged = f"{len(grid.tasks)} tasks x {len(grid.seeds)} seeds"
+    frozen = [row["objective"] for row in runs if row["diverged_at"] and cell_of(row) in set(grid.cells)]
+    counted = ", ".join(f"`{o}` {frozen.count(o)}" for o in objectives if o in frozen)
+    stopped = (
+        f"\nRuns that met a number that was not finite and kept their last weights: {counted}.\n" if counted else ""
+    )
     headline = f"""{markdown(table)}
 The return of the last 100 episodes, in each task 0 for the untrained Gaussian policy and 1 for the best single run,
-averaged over {averaged}. Bootstrap 95% intervals, stratified by task; from so few seeds they come
-out too narrow rather than too wide. The paper states none.
+averaged over {averaged}. Bootstrap 95% intervals, stratified by task, with 0 and 1 of each task as
+measured; from so few seeds they come out too narrow rather than too wide. The paper states none.
 
 Highest is `{objectives[best]}`; at or above the lower end of its interval:
 {", ".join(f"`{objectives[i]}`" for i in np.flatnonzero(near))}. Lowest is `{objectives[worst]}`, in
 {(draws.argmin(1) == worst).mean():.0%} of the resamples.
-"""
+{stopped}"""
     (folder / "scores.md").write_text(headline)
     text = f"## Scores\n\n{headline}\n![Scores with intervals](scores.png)\n\n"
     text += "The paper defines neither its random policy nor its best result. All four readings of the mean:\n\n"
@@ -750,6 +755,8 @@ def complete(grid: Grid, folder: Path, settings: list[str], engine: str) -> None
         calls = plan(grid, set(map(cell_of, table.runs)), settings, f"runs/{folder.name}")
         for call in calls:
             parse(call.flags)  # a flag that makes no sense is found now, not after hours
+        if not table.runs:  # whatever is there may be of other flags
+            (folder / "random.csv").unlink(missing_ok=True)
         measure_random(grid, settings, folder / "random.csv")
         run(calls, ENGINES[engine], table)
 

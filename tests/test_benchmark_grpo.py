@@ -163,7 +163,9 @@ def test_outcomes_and_differences_by_hand():
     points, runs = [], []
     for (value, seed), (wrong, right) in lengths.items():
         cells = {"completions/mean_wrong_length": str(wrong), "completions/mean_right_length": str(right)}
-        points += [{"value": value, "seed": seed} | cells, {"value": value, "seed": seed} | dict.fromkeys(cells, "")]
+        who = {"value": value, "seed": seed}
+        empty = dict.fromkeys(cells, "") | {"completions/mean_right_length": "99"}
+        points += [who | {"global_step": "1"} | cells, who | {"global_step": "2"} | empty]
         passes = {f"pass@{k}_{when}": "0.5" for k in "1k" for when in ("before", "after")}
         seconds = {"wall_seconds": "3", "warmup_seconds": "1"}
         runs.append({"value": value, "seed": seed, "k": "16", "total_timesteps": "9"} | seconds | passes)
@@ -175,3 +177,11 @@ def test_outcomes_and_differences_by_hand():
     same = grpo.table(ablation, runs, [point | {"value": value} for value in ablation.values for point in points[:4]])
     assert same[1]["difference from grpo"] == "+0.000 (+0.000 to +0.000), no difference seen"
     assert np.isnan(grpo.mean(["", ""])) and grpo.mean(["1", "", "3"]) == 2
+
+
+def test_every_sampled_answer_weighs_the_same():
+    ablation = grpo.ABLATIONS["mu"]._replace(values={"mu=2": ""})
+    points = [
+        {"value": "mu=2", "seed": "1", "global_step": step, "frac_right": x} for step, x in (("3", "0"), ("4", "1"))
+    ]
+    assert grpo.outcomes(ablation, points)["mu=2"].tolist() == [0.25]

@@ -165,7 +165,8 @@ def test_what_stands_after_the_end_changes_nothing(ratio):
     new, batch, _ = example()
     args, outside = Args(ratio=ratio, kl_coef=0.3), ~batch["mask"]
     loss, metrics = grpo_loss(new, batch, 6, args)
-    noise = torch.randn(new.shape, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    noise = 200 * torch.randn(new.shape, generator=torch.Generator().manual_seed(1))  # exp() of it overflows
+    noise = noise.log_softmax(-1)
     other = {name: torch.where(outside.unsqueeze(-1), noise, batch[name]) for name in ("log_probs", "ref_log_probs")}
     other["tokens"] = torch.where(outside, 3, batch["tokens"])
     changed = torch.where(outside.unsqueeze(-1), noise.flip(0), new).requires_grad_()
@@ -764,7 +765,7 @@ FLAGS = {
     **{
         f"--{name} {value}": f"--{name} must be"
         for name, values in {
-            "temperature": ("0", "-1", "inf", "nan"),
+            "temperature": ("0", "-1", "1e-40", "inf", "nan"),
             "learning-rate": ("0", "inf", "nan"),
             "clip-low": ("0", "-0.2", "1", "nan"),
             "clip-high": ("0", "inf", "nan"),
@@ -868,8 +869,15 @@ VARIANTS = {
     "Dr. GRPO": {"loss_agg": "dr_grpo", "scale_rewards": "none", "kl_coef": 0.0},
     "DAPO": {"loss_agg": "dapo", "clip_high": 0.28, "kl_coef": 0.0},
     "GSPO": {"ratio": "sequence-mean", "clip_low": 3e-4, "clip_high": 4e-4},
-    "RLOO": {"baseline": "leave-one-out", "scale_rewards": "none"},
+    "RLOO": {"baseline": "leave-one-out", "scale_rewards": "none", "ratio": "sequence", "num_iterations": 1},
 }
+
+
+def test_answers_of_one_word_are_learned_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = count_task(max_length=1, verify=lambda prompt, answer: float(answer == ["a"]))
+    _, (summary,) = grpo.train(Args(total_timesteps=3200, num_prompts=8, group_size=8, run_dir="run"), task)
+    assert summary["pass@1_after"] == 1.0 and summary["pass@k_after"] == 1.0
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -877,7 +885,8 @@ def test_every_variant_learns_to_count(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = Args(total_timesteps=19_200, num_prompts=8, group_size=8, threads=1, **VARIANTS[name])
     _, (summary,) = grpo.train(args, count_task())
-    assert summary["pass@1_before"] <= 0.2 and summary["pass@1_after"] >= 0.6  # 4 of 6; 0.4 is what chance may do
+    assert summary["pass@1_before"] <= 0.2 and summary["pass@1_after"] >= 0.5  # of six questions with a word never seen
+    assert summary["last_100_return"] >= 0.85  # of those in training
 
 
 def test_without_anything_to_learn_from_nothing_is_learned(tmp_path, monkeypatch):
