@@ -403,7 +403,10 @@ def test_sort_is_verified_place_by_place():
         "( 3 + 7 * 2 ) <end>": 1,
         "2 * 7 + 3 <end>": 1,
         "( 3 ) + 7 * 2 <end>": 1,
-        "( 3 + 7 ) * 2 <end>": 0,  # 20
+        "( 3 + 7 ) * 2 <end>": 0.35,  # 20 is 3 off
+        "3 + 7 + 2 <end>": 0.25,  # 12
+        "7 * 3 + 2 <end>": 0.2,  # 23
+        "7 * 3 * 2 <end>": 0,  # 42
         "3 + 7 * 2": 0,  # cut off before its end
         "17 <end>": 0,
         "7 + 7 + 3 <end>": 0,  # a number used twice, another not at all
@@ -424,13 +427,13 @@ def test_sort_is_verified_place_by_place():
     }.items(),
 )
 def test_countdown_is_verified_exactly(answer, reward):
-    assert grpo.verify_countdown(["3", "7", "2", "17"], answer.split()) == reward
+    assert grpo.verify_countdown(["3", "7", "2", "17"], answer.split()) == pytest.approx(reward)
 
 
 def test_countdown_divides_exactly_and_never_by_zero():
     assert grpo.verify_countdown(["4", "2", "2", "0"], ["4", "/", "(", "2", "-", "2", ")", "<end>"]) == 0.0
     assert grpo.verify_countdown(["1", "3", "3", "1"], ["1", "/", "3", "*", "3", "<end>"]) == 1.0
-    assert grpo.verify_countdown(["7", "2", "1", "3"], ["7", "/", "2", "*", "1", "<end>"]) == 0.0  # 3.5, not 3
+    assert grpo.verify_countdown(["7", "2", "1", "3"], ["7", "/", "2", "*", "1", "<end>"]) == 0.475  # 3.5, not 3
     assert grpo.value([*"8-3-2", END]) == 3 and grpo.value([*"8/4/2", END]) == 1  # from the left
     assert grpo.value([*"8-(3-2)", END]) == 7 and grpo.value([*"1/3", END]) == Fraction(1, 3)
 
@@ -770,6 +773,7 @@ FLAGS = {
             "clip-low": ("0", "-0.2", "1", "nan"),
             "clip-high": ("0", "inf", "nan"),
             "kl-coef": ("-0.1", "inf", "nan"),
+            "weight-decay": ("-0.1", "inf", "nan"),
             "max-grad-norm": ("0", "nan"),
         }.items()
         for value in values
