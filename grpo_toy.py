@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimization (GRPO) from nothing to a solved task, in about a minute on a laptop's CPU.
+"""Group Relative Policy Optimization (GRPO) from nothing to a solved task, in a minute or two on a laptop's CPU.
 
 Shao et al. (2024), "DeepSeekMath", https://arxiv.org/abs/2402.03300, made known by DeepSeek-R1 (2025),
 https://arxiv.org/abs/2501.12948. A policy that writes text is asked a question q, writes a group of G answers o_1 ...
@@ -12,12 +12,13 @@ o_G, and a program verifies each of them. What the group got on average is the b
 Everything is here: tasks with held-out questions and a verifier, a transformer of about 100,000 parameters, sampling
 with a key-value cache, the loss, the loop. No pretrained weights, no downloads. Equations are those of DeepSeekMath.
 
-    python grpo_toy.py                     # sort digits: from chance to over 95% of unseen questions in about a minute
-    python grpo_toy.py --task countdown    # reach a target with three numbers: a short warm-up, then minutes of RL
+    python grpo_toy.py                     # sort digits: from chance to over 95% of unseen questions
+    python grpo_toy.py --task countdown    # reach a target with three numbers: a short warm-up, then five minutes of RL
     python grpo_toy.py --evaluate RUN_DIR
 
 The default is DeepSeekMath's eq. 3 with mu = 2 gradient steps per batch: the form that the name stands for, and with
-the second step the ratio leaves 1, so that clipping is not idle. Its published relatives are flags:
+the second step the ratio leaves 1, so that clipping is not idle. The KL penalty is a little stronger than the paper's
+(beta = 0.07 instead of 0.04), which keeps the answers of so small a model diverse. The published relatives are flags:
 
     R1 (2025), as printed, the ratio of a whole answer      --ratio sequence
     Dr. GRPO (Liu et al. 2025), no 1/|o|, no std            --loss-agg dr_grpo --scale-rewards none --kl-coef 0

@@ -10,7 +10,7 @@ pressed after every reset of a game that has it, and a game is truncated after 2
 game that a person would play: raw points over all lives. The network has filters 32-64-64 and 512 units, as in
 Mnih et al. (2015); the paper cites the smaller one of Mnih et al. (2016), but its code and everybody since took this.
 
-    python ppo_atari.py --total-timesteps 3000000              # Pong; about an hour on two idle cores
+    python ppo_atari.py --total-timesteps 3000000              # Pong; an hour or two on two cores
     python ppo_atari.py --env-id Breakout-v5 --device cuda --compile
     python ppo_atari.py --no-anneal-clip                       # a constant clip range, as most codes have it since 2019
     torchrun --nproc-per-node 2 ppo_atari.py --num-envs 16     # data-parallel, 8 environments in each process
