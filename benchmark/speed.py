@@ -316,7 +316,7 @@ def work(suite: str, key: str, total_timesteps: int, threads: int) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         result = contestant.measure(total_timesteps, threads if contestant.threads is None else contestant.threads)
     mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of kilobytes, on Linux
-    print(json.dumps({"memory_gb": mine} | result | {"threads": torch.get_num_threads()}))
+    print(json.dumps({"memory_gb": mine} | result | {"threads": contestant.threads or torch.get_num_threads()}))
 
 
 def measure(suite: str, key: str, total_timesteps: int, threads: int) -> dict:
