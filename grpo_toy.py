@@ -124,7 +124,7 @@ class Args:
 
     # The run
     threads: int = 1
-    """threads of PyTorch: a second one gains little on matrices this small; results depend on it in their last bits"""
+    """threads of PyTorch: a second one gains a third at best; results depend on it in their last bits"""
     run_dir: str | None = None
     """folder of this run; None makes one under runs/"""
     checkpoint_every: int = 50

@@ -314,7 +314,7 @@ no measurement of speed.
 def report() -> None:
     """Write summary.md and the pictures from the CSVs, always the same bytes. Raises OSError where there is none."""
     runs, points = (read_csv(RESULTS / name) for name in ("runs.csv", "curves.csv"))
-    text = "# Ablations of GRPO\n\n"
+    text = "# GRPO: two tasks and some ablations\n\n"
     for name in dict.fromkeys(run["ablation"] for run in runs):
         ablation = ABLATIONS[name]
         mine, curves = ([row for row in rows if row["ablation"] == name] for rows in (runs, points))

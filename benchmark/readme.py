@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark import markdown, read_csv
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("ppo_cartpole.py", "ppo_continuous.py")
 DETAILS = {  # the thirteen core details of Huang et al. (2022), and where each comes from
@@ -45,13 +48,39 @@ def result(path: str) -> Callable[[], str]:
     return lambda: re.sub(r"\A# .*\n+", "", (ROOT / "benchmark/results" / path).read_text()).strip("\n")
 
 
+def section(path: str, title: str) -> Callable[[], str]:
+    """What reads one section of a committed result, without its title and its picture."""
+    text = rf"^## {title}\n(.*?)^!\["
+    return lambda: re.search(text, (ROOT / "benchmark/results" / path).read_text(), re.S | re.M)[1].strip("\n")
+
+
+def speed_short() -> str:
+    """Of the table in speed/mujoco.md, the rows of those that learn and the columns that can be understood at once."""
+    lines = (ROOT / "benchmark/results/speed/mujoco.md").read_text().splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    rows = [dict(zip(head, row, strict=True)) for row in rows]
+    wanted = ("contestant", "steps/s", "per core", "memory, GB")
+    return markdown([{k: row[k] for k in wanted} for row in rows if row["first update, s"]]).strip()
+
+
+def atari_of_others() -> str:
+    """paper/atari.csv, without where the numbers are from."""
+    return markdown([{k: row[k] for k in row if k != "where"} for row in read_csv(ROOT / "benchmark/paper/atari.csv")])
+
+
 BLOCKS = {
+    "speed-short": speed_short,
     "transcript": result("classic/transcript.md"),
     "details": details,
     "classic": result("classic/summary.md"),
     "mujoco": result("table1-modern/learning.md"),
+    "atari": result("atari/summary.md"),
+    "atari-others": lambda: atari_of_others().strip(),
+    "grpo": section("grpo/summary.md", "The two tasks at their defaults"),
     "speed-mujoco": result("speed/mujoco.md"),
+    "speed-atari": result("speed/atari.md"),
     "speed-cartpole": result("speed/cartpole.md"),
+    "speed-grpo": result("speed/grpo.md"),
 }
 
 
