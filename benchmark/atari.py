@@ -13,16 +13,14 @@ a picture per group of runs. It covers the runs that have finished, and says whi
 import json
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import Parser, UserError, cli, machine, markdown, plot, positive, read_csv, write_csv
-from benchmark.classic import describe, execute, first_step_at_threshold, provenance
+from benchmark.classic import check_config, describe, each, execute, first_step_at_threshold, provenance
 from ppo_atari import Args, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,19 +58,11 @@ def finished(name: str) -> bool:
 
 
 def read_config(name: str) -> dict:
-    """A run's config.json. Raises UserError where there is none, or where it is not that of this run's command: then
-    the report would state flags that never ran."""
-    try:
-        config = json.loads((ROOT / folder(name) / "config.json").read_text())
-        made = config["args"]
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise UserError(f"{folder(name)} has no config.json that can be read: {reason!r}") from reason
-    derived = {"run_dir", "checkpoint_every", "precision"}  # what the script fills in by itself
-    for flag, value in vars(parse_args(Args, command(name)[1:])).items():
-        if made.get(flag, value) != value and not (flag in derived and value in (0, "auto", str(folder(name)))):
-            what = f"{flag} {made[flag]} instead of {value}"
-            raise UserError(f"{folder(name)} ran with {what}; remove the folder and run it again")
-    return config
+    """A run's config.json. Raises UserError where there is none, or where it is not that of this run's command."""
+    flags, filled = vars(parse_args(Args, command(name)[1:])), (0, "auto", str(folder(name)))
+    derived = {"run_dir", "checkpoint_every", "precision"}  # where left to it, the script fills them in by itself
+    wanted = {flag: value for flag, value in flags.items() if not (flag in derived and value in filled)}
+    return check_config(ROOT, folder(name), wanted)
 
 
 def complete(name: str) -> None:
@@ -85,22 +75,6 @@ def complete(name: str) -> None:
     else:
         shutil.rmtree(ROOT / folder(name), ignore_errors=True)  # stopped before its first file was whole
         execute(command(name))
-
-
-def complete_all(names: list[str], jobs: int) -> None:
-    """Complete these runs, `jobs` at a time. One that fails does not stop the others; then UserError."""
-    failures = []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(names), unit=" runs", disable=None) as bar:
-        try:
-            for future in as_completed([pool.submit(complete, name) for name in names]):
-                if future.exception():
-                    failures.append(str(future.exception()))
-                bar.update()
-        except KeyboardInterrupt:  # the terminal has told the processes too
-            pool.shutdown(cancel_futures=True)
-            raise
-    if failures:
-        raise UserError(f"{len(failures)} of {len(names)} runs failed: {'; '.join(sorted(failures))}")
 
 
 # ---------------------------------------------------------------------------------------------------------- REPORT
@@ -179,7 +153,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of the runs there are")
     args = parser.parse_args(argv)
     if not args.report:
-        complete_all(args.runs, args.jobs)
+        each(complete, args.runs, args.jobs)
     report(list(TASKS))
     print(RESULTS / "summary.md")
 

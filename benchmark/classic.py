@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -71,21 +72,42 @@ def execute(arguments: list[str]) -> str:
     return done.stdout
 
 
-def read_config(arguments: list[str]) -> dict:
-    """The config.json of a run, in the folder that its arguments name last. Raises UserError where there is none,
-    or where it is not that of these arguments: then a report would state flags that never ran."""
-    where = arguments[-1]
+def check_config(root: Path, where: Path | str, wanted: dict) -> dict:
+    """The config.json of the run in `where`, below root. Raises UserError where there is none, or where its flags are
+    not the wanted ones: then a report would state flags that never ran."""
     try:
-        config = json.loads((ROOT / where / "config.json").read_text())
+        config = json.loads((root / where / "config.json").read_text())
         made = config["args"]
     except (OSError, ValueError, KeyError, TypeError) as reason:
         raise UserError(f"{where} has no config.json that can be read: {reason!r}") from reason
-    derived = {"run_dir", "checkpoint_every"}  # what the script fills in by itself
-    for name, value in vars(parse_args(Args, arguments[1:])).items():
-        if name not in derived and made.get(name, value) != value:
+    for name, value in wanted.items():
+        if made.get(name, value) != value:
             what = f"{name} {made[name]} instead of {value}"
             raise UserError(f"{where} ran with {what}; remove the folder and run it again")
     return config
+
+
+def read_config(arguments: list[str]) -> dict:
+    """The config.json of a run, in the folder that its arguments name last. Raises UserError as check_config."""
+    derived = {"run_dir", "checkpoint_every"}  # what the script fills in by itself
+    flags = vars(parse_args(Args, arguments[1:]))
+    return check_config(ROOT, arguments[-1], {name: flags[name] for name in flags if name not in derived})
+
+
+def each(complete: Callable, runs: list, jobs: int) -> None:
+    """complete(run) for every run, `jobs` at a time. One that fails does not stop the others; then UserError."""
+    failures = []
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs", disable=None) as bar:
+        try:
+            for future in as_completed([pool.submit(complete, run) for run in runs]):
+                if future.exception():
+                    failures.append(str(future.exception()))
+                bar.update()
+        except KeyboardInterrupt:  # the terminal has told the processes too
+            pool.shutdown(cancel_futures=True)
+            raise
+    if failures:
+        raise UserError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(sorted(failures))}")
 
 
 def complete(arguments: list[str]) -> None:
@@ -102,21 +124,10 @@ def complete(arguments: list[str]) -> None:
 
 def complete_commands(commands: list[list[str]], jobs: int) -> None:
     """Complete the run of every command, `jobs` at a time. One that fails does not stop the others; then UserError."""
-    failures = []
     for arguments in commands:
         if (ROOT / arguments[-1] / "config.json").exists():
             read_config(arguments)  # refuse what could not be reported now, not after hours
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(commands), unit=" runs", disable=None) as bar:
-        try:
-            for future in as_completed([pool.submit(complete, arguments) for arguments in commands]):
-                if future.exception():
-                    failures.append(str(future.exception()))
-                bar.update()
-        except KeyboardInterrupt:  # the terminal has told the processes too
-            pool.shutdown(cancel_futures=True)
-            raise
-    if failures:
-        raise UserError(f"{len(failures)} of {len(commands)} runs failed: {'; '.join(sorted(failures))}")
+    each(complete, commands, jobs)
 
 
 def complete_all(tasks: list[str], jobs: int) -> None:

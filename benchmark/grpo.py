@@ -20,13 +20,11 @@ import json
 import re
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo_toy
@@ -161,18 +159,10 @@ def work(key: Key) -> None:
 
 
 def read_config(key: Key) -> dict:
-    """The config.json of a run. Raises UserError where there is none, or where it is not that of the run's flags: then
-    the report would state flags that never ran."""
-    try:
-        config = json.loads((ROOT / key.folder() / "config.json").read_text())
-        made = config["args"]
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise UserError(f"{key.folder()} has no config.json that can be read: {reason!r}") from reason
-    for name, value in vars(parse_args(Args, key.flags().split())).items():
-        if value is not None and made.get(name, value) != value:  # None: what the script fills in by itself
-            what = f"{name} {made[name]} instead of {value}"
-            raise UserError(f"{key.folder()} ran with {what}; remove the folder and run it again")
-    return config
+    """The config.json of a run. Raises UserError where there is none, or where it is not that of the run's flags."""
+    flags = vars(parse_args(Args, key.flags().split()))
+    wanted = {name: value for name, value in flags.items() if value is not None}  # None: filled in by the script
+    return classic.check_config(ROOT, key.folder(), wanted)
 
 
 def complete(key: Key) -> None:
@@ -214,21 +204,11 @@ def read_run(key: Key) -> tuple[dict, list[dict]]:
 def run_all(ablations: list[str], jobs: int) -> None:
     """Complete all runs, `jobs` at a time, and put them into runs.csv and curves.csv, where those of other ablations
     stay. One that fails does not stop the others; then UserError."""
-    keys, failures = grid(ablations), []
+    keys = grid(ablations)
     for key in keys:
         if (ROOT / key.folder() / "config.json").exists():
             read_config(key)  # refuse what could not be reported now, not after hours
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(keys), unit=" runs", disable=None) as bar:
-        try:
-            for future in as_completed([pool.submit(complete, key) for key in keys]):
-                if future.exception():
-                    failures.append(str(future.exception()))
-                bar.update()
-        except KeyboardInterrupt:  # the terminal has told the processes too
-            pool.shutdown(cancel_futures=True)
-            raise
-    if failures:
-        raise UserError(f"{len(failures)} of {len(keys)} runs failed: {'; '.join(sorted(failures))}")
+    classic.each(complete, keys, jobs)
     rows, curves = zip(*map(read_run, keys), strict=True)
     for name, fresh in (("runs.csv", list(rows)), ("curves.csv", [point for curve in curves for point in curve])):
         others = read_csv(RESULTS / name) if (RESULTS / name).exists() else []

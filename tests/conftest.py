@@ -26,16 +26,22 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def main(monkeypatch, capsys, tmp_path):
+def script():
+    """Whose main() the fixture below runs; a file of tests for another script has its own."""
+    return ppo_cartpole
+
+
+@pytest.fixture
+def main(script, monkeypatch, capsys, tmp_path):
     """main() with these arguments in this process, its working directory the test's empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv) -> Outcome:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, argv)])
         capsys.readouterr()
         code = 0
         try:
-            ppo_cartpole.main()
+            script.main()
         except SystemExit as stop:
             code = stop.code
         return Outcome(code, *(text.splitlines() for text in capsys.readouterr()))

@@ -15,7 +15,7 @@ import envpool
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, environment
+from conftest import environment
 from gymnasium.spaces import Discrete
 from torch.nn.functional import conv2d, linear, relu
 
@@ -389,21 +389,8 @@ def test_actors_are_keyed_by_their_place_among_all_of_them():
 
 # --------------------------------------------------------------------------------------------------------------- runs
 @pytest.fixture
-def main(monkeypatch, capsys, tmp_path):
-    """main() with these arguments in this process, its working directory the test's empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv) -> Outcome:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
-        capsys.readouterr()
-        code = 0
-        try:
-            ppo.main()
-        except SystemExit as stop:
-            code = stop.code
-        return Outcome(code, *(text.splitlines() for text in capsys.readouterr()))
-
-    return run
+def script():
+    return ppo
 
 
 @pytest.fixture(scope="module")
@@ -572,9 +559,9 @@ def test_the_documented_runs_can_be_made_again(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(atari, "TASKS", tasks)
     with pytest.raises(UserError, match="no run has finished"):
         atari.report(list(tasks))
-    atari.complete_all(["float32"], 1)
+    atari.each(atari.complete, ["float32"], 1)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
-    atari.complete_all(["float32"], 1)  # is left alone
+    atari.each(atari.complete, ["float32"], 1)  # is left alone
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
     pictures = []
     for _ in range(2):

@@ -543,22 +543,8 @@ def same_bits(run: Path, other: Path) -> None:
 
 
 @pytest.fixture
-def main(monkeypatch, capsys, tmp_path):
-    """main() with these arguments in this process, its working directory the test's empty folder: (exit code, lines of
-    stdout, lines of stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv) -> tuple[int, list[str], list[str]]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
-        capsys.readouterr()
-        code = 0
-        try:
-            grpo.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *(text.splitlines() for text in capsys.readouterr())
-
-    return run
+def script():
+    return grpo
 
 
 @pytest.fixture(scope="module")
