@@ -104,26 +104,29 @@ def altered(changes: tuple[tuple[str, str], ...]) -> ModuleType:
     return module
 
 
-def answer(name: str, call: Call, pipe: Connection) -> None:
+def suspect_of(call: Call) -> str:
+    return call.path.parent.name
+
+
+def answer(call: Call, mine: list[int], pipe: Connection) -> None:
     """table1.answer, in a process of its own, with the altered script."""
-    sys.modules["ppo_continuous"] = table1.ppo_continuous = altered(SUSPECTS[name].changes)
-    table1.answer(call, pipe)
+    sys.modules["ppo_continuous"] = table1.ppo_continuous = altered(SUSPECTS[suspect_of(call)].changes)
+    table1.answer(call, mine, pipe)
 
 
-def complete(names: list[str], seeds: list[int], settings: list[str], folder: Path) -> None:
+def complete(names: list[str], seeds: list[int], settings: list[str], folder: Path, jobs: int) -> None:
     """Run what the CSVs lack. Raises UserError."""
     grid = Grid([TASK], OBJECTIVES, seeds)
     with table1.alone(folder):
-        planned = {}
-        for name in names:
+        tables, calls = {name: Table(folder / name) for name in names}, []
+        for name, table in tables.items():
             altered(SUSPECTS[name].changes)
-            table, mine = Table(folder / name), [*settings, *SUSPECTS[name].flags]
+            mine = [*settings, *SUSPECTS[name].flags]
             table.check(mine)
-            planned[name] = table, table1.plan(grid, {*map(cell_of, table.runs)}, mine, f"runs/{folder.name}/{name}")
+            calls += table1.plan(grid, {*map(cell_of, table.runs)}, mine, f"runs/{folder.name}/{name}")
         table1.measure_random(grid, settings, folder / "random.csv")
-        for name, (table, calls) in planned.items():
-            print(f"{name}: {SUSPECTS[name].what}", flush=True)
-            table1.run(calls, partial(table1.local, target=partial(answer, name)), table)
+        engine = partial(table1.local, jobs=jobs, target=answer)
+        table1.run(calls, engine, lambda call: tables[suspect_of(call)])
 
 
 def report(names: list[str], folder: Path) -> None:
@@ -187,13 +190,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--suspects", nargs="+", choices=SUSPECTS, default=list(SUSPECTS), help="what to try")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each objective")
     parser.add_argument("--total-timesteps", type=positive, default=1_000_000, help="of every run")
+    parser.add_argument("--jobs", type=positive, default=len(table1.CORES), help="suspects at a time")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of the runs there are")
     parser.add_argument("flags", nargs="*", help="after --: more flags of ppo_continuous.py for every run")
     args = parser.parse_args(argv)
     if not args.report:
         settings = ["--preset", "paper", "--total-timesteps", str(args.total_timesteps), *args.flags]
-        complete(args.suspects, sorted({*args.seeds}), settings, args.results)
+        complete(args.suspects, sorted({*args.seeds}), settings, args.results, args.jobs)
     report([name for name in SUSPECTS if name in args.suspects], args.results)
     print(args.results / "summary.md")
 

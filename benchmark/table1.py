@@ -8,8 +8,9 @@
     python benchmark/table1.py -- --device cuda       # what follows -- goes to ppo_continuous.py as it is
 
 The unit is the cell: one task, objective and seed, a row of runs.csv. All cells of a task that are missing there are
-trained by one process of ppo_continuous.py, side by side; its run folder is under runs/. Whatever stops this command,
-even a power cut, the same command goes on from the last checkpoint and ends with the same numbers.
+trained by one process of ppo_continuous.py, side by side; its run folder is under runs/. There is one such process on
+each core. Whatever stops this command, even a power cut, the same command goes on from the last checkpoint and ends
+with the same numbers.
 
 Results are benchmark/results/table1/, or table1-modern/: runs.csv, curves.csv and random.csv (what the policies score
 that have learned nothing); from these alone the report makes summary.md and the pictures.
@@ -34,7 +35,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ OBJECTIVES = {"paper": [row["objective"] for row in PAPER], "modern": ["none", "
 PACKAGES = ("torch", "numpy", "gymnasium", "envpool")
 POINTS = 200  # of a run in curves.csv
 EPISODES = 100  # of each untrained policy
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]  # macOS: one call has them all
 
 
 # ------------------------------------------------------------------------------------------------------- ONE CALL
@@ -69,6 +71,10 @@ class Call(NamedTuple):
     @property
     def path(self) -> Path:
         return Path(self.root, self.flags[-1])
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.name} {self.flags[1]}"
 
     @property
     def agents(self) -> int:
@@ -171,8 +177,11 @@ def collect(call: Call) -> tuple[list[dict], list[dict]]:
 Answer = tuple[list[dict], list[dict]] | UserError
 
 
-def answer(call: Call, pipe: Connection) -> None:
-    """In a process of its own: work(), its result or its error into the pipe. Ends when the parent does."""
+def answer(call: Call, mine: list[int], pipe: Connection) -> None:
+    """In a process of its own, on these cores: work(), its result or its error into the pipe. Ends when the parent
+    does."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, mine)
 
     def watch():
         multiprocessing.parent_process().join()
@@ -186,24 +195,35 @@ def answer(call: Call, pipe: Connection) -> None:
         pipe.send(reason)
 
 
-def local(calls: list[Call], tick: Callable[[], None], target: Callable = answer) -> Iterator[tuple[Call, Answer]]:
-    """Engine: one call after another, each in a new process: with all cores, threads and compiled code its own."""
-    for call in calls:
-        ours, theirs = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("spawn").Process(target=target, args=(call, theirs))
-        process.start()
-        theirs.close()
-        try:
-            while not ours.poll(1):
-                tick()
-            result = ours.recv()
-        except EOFError:  # killed, or out of memory
-            result = UserError(f"{call.path}: its process died; the same command goes on with it")
-        except BaseException:
+def local(
+    calls: list[Call], tick: Callable[[], None], jobs: int, target: Callable = answer
+) -> Iterator[tuple[Call, Answer]]:
+    """Engine: `jobs` calls side by side, each a new process with an equal share of the cores, and the next one when one
+    is done: two processes with a core each get 1.4 times as much done as one process with two."""
+    waiting, running, share = list(calls), {}, max(1, len(CORES) // jobs)
+    free = [(CORES * jobs)[i * share : (i + 1) * share] for i in range(jobs)]
+    try:
+        while waiting or running:
+            while waiting and free:
+                call, mine = waiting.pop(0), free.pop(0)
+                ours, theirs = multiprocessing.Pipe(duplex=False)
+                process = multiprocessing.get_context("spawn").Process(target=target, args=(call, mine, theirs))
+                process.start()
+                theirs.close()
+                running[ours] = call, process, mine
+            for pipe in wait(running, timeout=1):
+                call, process, mine = running.pop(pipe)
+                try:
+                    result = pipe.recv()
+                except EOFError:  # killed, or out of memory
+                    result = UserError(f"{call.path}: its process died; the same command goes on with it")
+                process.join()
+                free.append(mine)
+                yield call, result
+            tick()
+    finally:
+        for _, process, _ in running.values():
             process.kill()
-            raise
-        process.join()
-        yield call, result
 
 
 def on_ray(calls: list[Call], tick: Callable[[], None]) -> Iterator[tuple[Call, Answer]]:
@@ -239,9 +259,6 @@ def on_ray(calls: list[Call], tick: Callable[[], None]) -> Iterator[tuple[Call, 
                 yield pending.pop(reference), result
     finally:
         ray.shutdown()
-
-
-ENGINES = {"local": local, "ray": on_ray}
 
 
 def environment(task: str) -> list[str]:
@@ -322,7 +339,7 @@ def replace_csv(path: Path, rows: list[dict]) -> None:
     os.replace(temporary, path)
 
 
-def run(calls: list[Call], engine: Callable, table: Table) -> None:
+def run(calls: list[Call], engine: Callable, table_of: Callable[[Call], Table]) -> None:
     """Complete every call; one that fails does not stop the others. Then raises UserError."""
     total, started, failures, finished = sum(call.steps for call in calls), time.monotonic(), [], []
 
@@ -337,8 +354,8 @@ def run(calls: list[Call], engine: Callable, table: Table) -> None:
 
     def tick() -> None:
         running = [call for call in calls if call not in finished and done(call)]
-        names = [f"{call.flags[1]} x{call.agents}" for call in running] or ["-"]
-        bar.set_description_str(f"{' '.join(names)}, {len(finished)} of {len(calls)} done", refresh=False)
+        names = [f"{call.name} x{call.agents}" for call in running] or ["-"]
+        bar.set_description_str(f"{', '.join(names)}; {len(finished)} of {len(calls)} done", refresh=False)
         bar.set_postfix_str(f"all done {rest()}", refresh=False)
         bar.update(sum(map(done, calls)) - bar.n)
 
@@ -349,8 +366,8 @@ def run(calls: list[Call], engine: Callable, table: Table) -> None:
                 failures.append(str(result))
                 said = str(result)
             else:
-                table.add(*result)
-                said = f"{call.flags[1]}: {call.agents} runs in {result[0][0]['wall_seconds'] / 60:.1f} min"
+                table_of(call).add(*result)
+                said = f"{call.name}: {call.agents} runs in {result[0][0]['wall_seconds'] / 60:.1f} min"
             finished.append(call)
             tick()
             bar.clear()
@@ -639,12 +656,22 @@ of the curve in the paper's Figure 3 (-v1); benchmark/paper/README.md says where
 """
 
 
+def on_the_clock(calls: dict[tuple[str, str], float]) -> float:
+    """Seconds in which one or more of these calls ran: (task, start) -> seconds of each."""
+    seconds, seen = 0.0, -math.inf
+    for start, length in sorted((datetime.datetime.fromisoformat(at).timestamp(), x) for (_, at), x in calls.items()):
+        seconds += max(0.0, start + length - max(start, seen))
+        seen = max(seen, start + length)
+    return seconds
+
+
 def tell_origin(runs: list[dict]) -> str:
     """Commands, time, versions."""
     calls = {(run["env_id"], run["started"]): float(run["wall_seconds"]) for run in runs}
     text = "## Where this is from\n\n"
     text += "".join(f"    {command}\n" for command in dict.fromkeys(run["command"] for run in runs))
-    text += f"\nThese commands trained for {sum(calls.values()) / 3600:.2f} hours in all. "
+    text += f"\nThese commands trained for {sum(calls.values()) / 3600:.2f} hours in all, "
+    text += f"{on_the_clock(calls) / 3600:.2f} on the clock. "
     names = ["started", "total_timesteps", "python", *PACKAGES, "git_commit", "cpu", "cores"]
     said = {
         name: sorted({run[name][:10] if name == "started" else run[name] or "unknown" for run in runs})
@@ -747,7 +774,7 @@ def report(folder: Path, asked: Grid, preset: str) -> None:
     (folder / "summary.md").write_text(text + tell_origin(table.runs))
 
 
-def complete(grid: Grid, folder: Path, settings: list[str], engine: str) -> None:
+def complete(grid: Grid, folder: Path, settings: list[str], engine: Callable) -> None:
     """Run what the CSVs of this folder lack of the grid. Raises UserError."""
     with alone(folder):
         table = Table(folder)
@@ -758,7 +785,7 @@ def complete(grid: Grid, folder: Path, settings: list[str], engine: str) -> None
         if not table.runs:  # whatever is there may be of other flags
             (folder / "random.csv").unlink(missing_ok=True)
         measure_random(grid, settings, folder / "random.csv")
-        run(calls, ENGINES[engine], table)
+        run(calls, engine, lambda call: table)
 
 
 def main(argv: list[str]) -> None:
@@ -768,7 +795,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of every task and objective")
     parser.add_argument("--preset", choices=OBJECTIVES, default="paper", help="of ppo_continuous.py")
     parser.add_argument("--total-timesteps", type=positive, default=1_000_000, help="of every run")
-    parser.add_argument("--engine", choices=ENGINES, default="local", help="who runs it")
+    parser.add_argument("--jobs", type=positive, help="tasks at a time on this machine; default: one on each core")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="who runs it")
     parser.add_argument("--results", type=Path, help="folder; default: benchmark/results/table1 or table1-modern")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of the runs there are")
     parser.add_argument("flags", nargs="*", help="after --: more flags of ppo_continuous.py for every run")
@@ -780,7 +808,11 @@ def main(argv: list[str]) -> None:
     folder = args.results or ROOT / "benchmark/results" / default
     settings = ["--preset", args.preset, "--total-timesteps", str(args.total_timesteps), *args.flags]
     if not args.report:
-        complete(grid, folder, settings, args.engine)
+        if args.engine == "ray" and args.jobs:
+            raise UserError("--jobs is for this machine alone; Ray runs one task at a time on each of its machines")
+        most = 1 if parse(tuple(settings)).device == "cuda" else min(len(CORES), len(tasks))
+        local_engine = functools.partial(local, jobs=args.jobs or most)
+        complete(grid, folder, settings, on_ray if args.engine == "ray" else local_engine)
     report(folder, grid, args.preset)
     print(folder / "summary.md")
 

@@ -359,13 +359,43 @@ def test_a_worker_that_dies_stops_nobody_else(tmp_path):
             killed.append(child.pid)
             os.kill(child.pid, signal.SIGKILL)
 
-    (first, died), (second, done) = table1.local(calls, tick)
+    (first, died), (second, done) = table1.local(calls, tick, jobs=1)
     assert first == calls[0] and isinstance(died, UserError) and "its process died" in str(died)
     assert second == calls[1] and [run["env_id"] for run in done[0]] == ["Reacher-v4"]
 
+    table = table1.Table(tmp_path / "small")
     with pytest.raises(UserError, match=r"^1 of 2 calls failed: .*InvertedPendulum.* process died"):
-        table1.run(calls, lambda calls, tick: iter([(first, died), (second, done)]), table1.Table(tmp_path / "small"))
+        table1.run(calls, lambda calls, tick: iter([(first, died), (second, done)]), lambda call: table)
     assert [run["env_id"] for run in read_csv(tmp_path / "small/runs.csv")] == ["Reacher-v4"]
+
+
+def meet(call, mine, pipe):
+    """In a worker, instead of training: wait for the other one, and tell the cores that there are."""
+
+    def work(call):
+        mark = Path(call.root, call.flags[1])
+        mark.touch()
+        wait_for(lambda: len(list(mark.parent.iterdir())) == 2)
+        return sorted(os.sched_getaffinity(0)), mine
+
+    table1.work = work
+    table1.answer(call, mine, pipe)
+
+
+@pytest.mark.skipif(len(table1.CORES) < 2, reason="one core has nothing to share out")
+def test_side_by_side_each_has_its_own_cores(tmp_path):
+    calls = table1.plan(table1.Grid(TASKS, ["clip:0.2"], [1]), set(), settings(2), "runs/x")
+    calls = [call._replace(root=str(tmp_path)) for call in calls]
+    found = dict(table1.local(calls, lambda: None, jobs=2, target=meet))
+    (one, given), (two, other) = (found[call] for call in calls)
+    assert one == given and two == other and not set(one) & set(two)
+    assert len(one) == len(two) == len(table1.CORES) // 2
+
+
+def test_hours_on_the_clock_count_what_overlaps_once():
+    calls = {("A", "2026-01-01T10:00:00"): 3600.0, ("B", "2026-01-01T10:30:00"): 3600.0}
+    calls |= {("C", "2026-01-01T10:45:00"): 60.0, ("D", "2026-01-02T08:00:00"): 1800.0}
+    assert table1.on_the_clock(calls) == 1.5 * 3600 + 1800
 
 
 @pytest.mark.parametrize(
@@ -377,6 +407,7 @@ def test_a_worker_that_dies_stops_nobody_else(tmp_path):
         (["--tasks", "Nonsense"], "cannot make Nonsense-v4"),
         (["--preset", "ancient"], "invalid choice: 'ancient'"),
         (["--total-timesteps", "0"], "at least 1"),
+        (["--engine", "ray", "--jobs", "2"], "--jobs is for this machine alone"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(more, complaint, tmp_path, monkeypatch):
