@@ -3,11 +3,11 @@
     python benchmark/atari.py                       # all runs, one after another, then the report: hours
     python benchmark/atari.py --runs pong           # Pong for 3M steps with all other flags at their defaults
     python benchmark/atari.py --runs bfloat16 float32 --jobs 2    # 1M steps in either arithmetic, side by side
-    python benchmark/atari.py --report              # the report alone, from the runs there are
+    python benchmark/atari.py --report              # the report alone, from the CSVs
 
 Runs live in runs/atari/. One that was interrupted goes on at its last checkpoint, a finished one is left alone, so the
-same command may be given again and again. The report is benchmark/results/atari/: runs.csv, curves.csv, summary.md and
-a picture per group of runs. It covers the runs that have finished, and says which have not.
+same command may be given again and again. Results are benchmark/results/atari/: runs.csv and curves.csv, in which those
+of other runs stay; from these alone the report makes summary.md and a picture per group of runs.
 """
 
 import json
@@ -53,10 +53,6 @@ def command(name: str) -> list[str]:
     return f"ppo_atari.py {TASKS[name].flags} --run-dir {folder(name)}".split()
 
 
-def finished(name: str) -> bool:
-    return (ROOT / folder(name) / "summary.json").exists()
-
-
 def read_config(name: str) -> dict:
     """A run's config.json. Raises UserError where there is none, or where it is not that of this run's command."""
     flags, filled = vars(parse_args(Args, command(name)[1:])), (0, "auto", str(folder(name)))
@@ -67,17 +63,15 @@ def read_config(name: str) -> dict:
 
 def complete(name: str) -> None:
     """Start a run, go on with it, or leave it alone, whatever its folder asks for. Raises UserError where it fails."""
-    if finished(name):
+    if (ROOT / folder(name) / "summary.json").exists():
         return
     if (ROOT / folder(name) / "config.json").exists():
-        read_config(name)  # refuse what could not be reported now, not after hours
         execute(["ppo_atari.py", "--resume", str(folder(name))])
     else:
         shutil.rmtree(ROOT / folder(name), ignore_errors=True)  # stopped before its first file was whole
         execute(command(name))
 
 
-# ---------------------------------------------------------------------------------------------------------- REPORT
 def read_run(name: str) -> tuple[dict, list[dict]]:
     """A finished run's row of runs.csv and its rows of curves.csv. Raises UserError where a file does not fit."""
     config, path, task = read_config(name), ROOT / folder(name), TASKS[name]
@@ -98,63 +92,70 @@ def read_run(name: str) -> tuple[dict, list[dict]]:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as reason:
         raise UserError(f"{folder(name)} cannot be reported: {reason!r}") from reason
     where = {"group": task.group, "run": name, "seed": row["seed"]}
-    return row, [where | {"global_step": step, "episodic_return": ret} for step, ret in kept]
+    return row | machine(), [where | {"global_step": step, "episodic_return": ret} for step, ret in kept]
 
 
-def summarise(row: dict) -> dict:
+def run_all(names: list[str], jobs: int) -> None:
+    """Complete these runs, `jobs` at a time, and put them into runs.csv and curves.csv, where other runs stay. One that
+    fails does not stop the others; then UserError."""
+    for name in names:
+        if (ROOT / folder(name) / "config.json").exists():
+            read_config(name)  # refuse what could not be reported now, not after hours
+    each(complete, names, jobs)
+    rows, curves = zip(*map(read_run, names), strict=True)
+    for file, fresh in (("runs.csv", list(rows)), ("curves.csv", [point for curve in curves for point in curve])):
+        others = read_csv(RESULTS / file) if (RESULTS / file).exists() else []
+        kept = [row for row in others if row["run"] not in names]
+        write_csv(RESULTS / file, sorted(kept + fresh, key=lambda row: list(TASKS).index(row["run"])))
+
+
+# ---------------------------------------------------------------------------------------------------------- REPORT
+def summarise(row: dict[str, str]) -> dict:
     """A run's row of summary.md, from its row of runs.csv."""
-    reached = "" if row["first_step_at_threshold"] is None else f"{row['first_step_at_threshold']:,}"
+    reached = row["first_step_at_threshold"]
     return {
         "run": row["run"],
         "environment": row["env_id"],
         "precision": row["precision"],
-        "steps": f"{row['total_timesteps']:,}",
-        "hours": f"{row['wall_seconds'] / 3600:.1f}",
-        "steps/s": f"{row['sps']:,.0f}",
-        "last 100 games, mean": f"{row['last_100_return']:.1f}",
-        "all games, mean": f"{row['mean_return']:.1f}",
-        "evaluation": f"{row['eval_return_mean']:.1f} +- {row['eval_return_std']:.1f}",
-        "steps to threshold": f"{reached} ({row['threshold']:g})" if reached else "",
+        "steps": f"{int(row['total_timesteps']):,}",
+        "hours": f"{float(row['wall_seconds']) / 3600:.1f}",
+        "steps/s": f"{float(row['sps']):,.0f}",
+        "last 100 games, mean": f"{float(row['last_100_return']):.1f}",
+        "all games, mean": f"{float(row['mean_return']):.1f}",
+        "evaluation": f"{float(row['eval_return_mean']):.1f} +- {float(row['eval_return_std']):.1f}",
+        "steps to threshold": f"{int(reached):,} ({row['threshold']})" if reached else "",
     }
 
 
 NOTE = """
 Returns are whole games in the game's own points. "Last 100" are the last ones of training, "evaluation" is greedy, on
-seeds that training never used; a threshold is for the mean of 100 consecutive training games. CPU and cores are those
-of the machine that wrote this report; runs may have shared it, so hours and steps/s are no measurement of speed.
+seeds that training never used; a threshold is for the mean of 100 consecutive training games. Runs may have shared the
+machine, so hours and steps/s are no measurement of speed.
 """
 
 
-def report(names: list[str]) -> None:
-    """Write everything in RESULTS from the finished ones of these runs; the same runs give the same bytes. Raises
-    UserError where none has finished, before anything is written."""
-    done, missing = ([name for name in names if finished(name) == wanted] for wanted in (True, False))
-    if not done:
-        raise UserError(f"no run has finished; run benchmark/atari.py without --report: {', '.join(names)}")
-    rows, points = zip(*map(read_run, done), strict=True)
-    write_csv(RESULTS / "runs.csv", rows)
-    write_csv(RESULTS / "curves.csv", [point for curve in points for point in curve])
-    panels = plot.read_curves(RESULTS / "curves.csv", panel="group", line="run")
-    text = "# Atari\n\n" + "".join(f"    {row['command']}\n" for row in rows)
-    for group, lines in panels.items():
-        threshold = next(TASKS[name].threshold for name in done if TASKS[name].group == group)
-        (env_id,) = {row["env_id"] for row in rows if row["run"] in lines}
-        plot.draw(RESULTS / f"{group}.png", {env_id: lines}, threshold)
-    text += f"\n{describe([row | machine() for row in rows])}; envpool {rows[0]['envpool']}\n\n"
-    text += markdown([summarise(row) for row in rows]) + NOTE
-    text += f"\nNot finished: {', '.join(missing)}.\n" if missing else ""
+def report() -> None:
+    """Write summary.md and the pictures from the CSVs, always the same bytes. Raises OSError where there is none."""
+    rows, text = read_csv(RESULTS / "runs.csv"), "# Atari\n\n"
+    for group, lines in plot.read_curves(RESULTS / "curves.csv", panel="group", line="run").items():
+        mine = [row for row in rows if row["run"] in lines]
+        text += "".join(f"    {row['command']}\n" for row in mine)
+        plot.draw(RESULTS / f"{group}.png", {mine[0]["env_id"]: lines}, TASKS[mine[0]["run"]].threshold)
+    text += f"\n{describe(rows)}; envpool {rows[0]['envpool']}\n\n{markdown(list(map(summarise, rows)))}{NOTE}"
+    missing = [name for name in TASKS if name not in {row["run"] for row in rows}]
+    text += f"\nNot here yet: {', '.join(missing)}.\n" if missing else ""
     (RESULTS / "summary.md").write_text(text)
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("Rerun the documented results on Atari and report them.")
-    parser.add_argument("--runs", nargs="+", choices=TASKS, default=list(TASKS), help="what to run and to report")
+    parser.add_argument("--runs", nargs="+", choices=TASKS, default=list(TASKS), help="what to run")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the runs there are")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the CSVs there are")
     args = parser.parse_args(argv)
     if not args.report:
-        each(complete, args.runs, args.jobs)
-    report(list(TASKS))
+        run_all(args.runs, args.jobs)
+    report()
     print(RESULTS / "summary.md")
 
 

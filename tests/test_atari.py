@@ -557,21 +557,24 @@ def test_the_documented_runs_can_be_made_again(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(atari, "RESULTS", tmp_path / "results")
     tasks = {name: atari.Task("toy", f"{TINY} --precision {name}", 1) for name in ("float32", "bfloat16")}
     monkeypatch.setattr(atari, "TASKS", tasks)
-    with pytest.raises(UserError, match="no run has finished"):
-        atari.report(list(tasks))
-    atari.each(atari.complete, ["float32"], 1)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
-    atari.each(atari.complete, ["float32"], 1)  # is left alone
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
-    pictures = []
-    for _ in range(2):
-        atari.report(list(tasks))
-        pictures.append({path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()})
-    assert pictures[0] == pictures[1] and set(pictures[0]) == {"runs.csv", "curves.csv", "summary.md", "toy.png"}
+    with pytest.raises(FileNotFoundError):
+        atari.main(["--report"])
+    atari.main(["--runs", "float32"])
+    first = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    assert set(first) == {"runs.csv", "curves.csv", "summary.md", "toy.png"}
     (row,) = read_csv(tmp_path / "results" / "runs.csv")
     assert (row["run"], row["precision"], row["total_timesteps"]) == ("float32", "float32", "1536")
-    assert int(row["games"]) > 0 and f"{float(row['mean_return']):.1f}" in pictures[0]["summary.md"].decode()
-    assert b"Not finished: bfloat16." in pictures[0]["summary.md"]
-    monkeypatch.setitem(tasks, "float32", atari.Task("toy", f"{TINY} --precision float32 --gamma 0.9", 1))
+    assert int(row["games"]) > 0 and f"| {float(row['mean_return']):.1f} |" in first["summary.md"].decode()
+    assert b"Not here yet: bfloat16." in first["summary.md"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    atari.main(["--runs", "float32"])  # is left alone
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    atari.main(["--report"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()} == first
+    shutil.rmtree(tmp_path / "runs" / "float32")
+    atari.main(["--runs", "bfloat16"])  # of the other one, what the CSVs have stays
+    assert read_csv(tmp_path / "results" / "runs.csv")[0] == row
+    assert b"Not here yet" not in (tmp_path / "results" / "summary.md").read_bytes()
+    monkeypatch.setitem(tasks, "bfloat16", atari.Task("toy", f"{TINY} --precision bfloat16 --gamma 0.9", 1))
     with pytest.raises(UserError, match=r"gamma 0\.99 instead of 0\.9"):
-        atari.report(list(tasks))
+        atari.main(["--runs", "bfloat16"])
