@@ -2,9 +2,11 @@
 
 import argparse
 import csv
+import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,10 +60,39 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def merge_csv(path: Path, fresh: list[dict], column: str, order: list[str]) -> None:
+    """Put fresh rows in place of those that agree with one of them in `column`; other rows stay. Sorted by the place of
+    that column's cell in `order`, otherwise as they were."""
+    mine = {row[column] for row in fresh}
+    kept = [row for row in (read_csv(path) if path.exists() else []) if row[column] not in mine]
+    write_csv(path, sorted(kept + fresh, key=lambda row: order.index(row[column])))
+
+
+def check_config(folder: Path, wanted: dict) -> dict:
+    """The config.json of a run's folder. Raises UserError where there is none, or where its flags are not the wanted
+    ones: then a report would state flags that never ran."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        made = config["args"]
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise UserError(f"{folder} has no config.json that can be read: {reason!r}") from reason
+    for name, value in json.loads(json.dumps(wanted)).items():
+        if made.get(name, value) != value:
+            what = f"{name} {made[name]} instead of {value}"
+            raise UserError(f"{folder} ran with {what}; remove the folder, or give another")
+    return config
+
+
 def markdown(rows: list[dict]) -> str:
     """Rows with the same keys, at least one, as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def git_commit() -> str:
+    """Of this repository, with -dirty where it has changes; empty where there is no git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 def machine() -> dict:

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import Parser, UserError, cli, machine, markdown, plot, positive, read_csv, write_csv
-from benchmark.classic import check_config, describe, each, execute, first_step_at_threshold, provenance
+from benchmark import Parser, UserError, check_config, cli, machine, markdown, merge_csv, plot, positive, read_csv
+from benchmark.classic import describe, each, execute, first_step_at_threshold, provenance
 from ppo_atari import Args, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def read_config(name: str) -> dict:
     flags, filled = vars(parse_args(Args, command(name)[1:])), (0, "auto", str(folder(name)))
     derived = {"run_dir", "checkpoint_every", "precision"}  # where left to it, the script fills them in by itself
     wanted = {flag: value for flag, value in flags.items() if not (flag in derived and value in filled)}
-    return check_config(ROOT, folder(name), wanted)
+    return check_config(ROOT / folder(name), wanted)
 
 
 def complete(name: str) -> None:
@@ -104,9 +104,7 @@ def run_all(names: list[str], jobs: int) -> None:
     each(complete, names, jobs)
     rows, curves = zip(*map(read_run, names), strict=True)
     for file, fresh in (("runs.csv", list(rows)), ("curves.csv", [point for curve in curves for point in curve])):
-        others = read_csv(RESULTS / file) if (RESULTS / file).exists() else []
-        kept = [row for row in others if row["run"] not in names]
-        write_csv(RESULTS / file, sorted(kept + fresh, key=lambda row: list(TASKS).index(row["run"])))
+        merge_csv(RESULTS / file, fresh, "run", list(TASKS))
 
 
 # ---------------------------------------------------------------------------------------------------------- REPORT

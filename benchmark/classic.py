@@ -2,16 +2,16 @@
 
     python benchmark/classic.py                   # all runs, one after another, then the report
     python benchmark/classic.py --jobs 2          # two at a time
-    python benchmark/classic.py --report          # the report alone, from the runs there are
+    python benchmark/classic.py --report          # the report alone, from the CSVs
     python benchmark/classic.py --walltime        # instead: how long the default command takes, five times
 
 Runs live in runs/classic/. One that was interrupted goes on at its last checkpoint, a finished one is left alone, so
-the same command may be given again and again. The report is benchmark/results/classic/: runs.csv, curves.csv,
-summary.md and a picture per task; --walltime adds walltime.csv and transcript.md, and the next report its median.
+the same command may be given again and again. Results are benchmark/results/classic/: runs.csv and curves.csv, in which
+other tasks stay; from these the report makes summary.md and a picture per task. --walltime adds walltime.csv and
+transcript.md, and the next report its median.
 """
 
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -26,7 +26,19 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import Parser, UserError, cli, machine, markdown, plot, positive, read_csv, write_csv
+from benchmark import (
+    Parser,
+    UserError,
+    check_config,
+    cli,
+    machine,
+    markdown,
+    merge_csv,
+    plot,
+    positive,
+    read_csv,
+    write_csv,
+)
 from ppo_cartpole import Args, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,26 +84,11 @@ def execute(arguments: list[str]) -> str:
     return done.stdout
 
 
-def check_config(root: Path, where: Path | str, wanted: dict) -> dict:
-    """The config.json of the run in `where`, below root. Raises UserError where there is none, or where its flags are
-    not the wanted ones: then a report would state flags that never ran."""
-    try:
-        config = json.loads((root / where / "config.json").read_text())
-        made = config["args"]
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise UserError(f"{where} has no config.json that can be read: {reason!r}") from reason
-    for name, value in wanted.items():
-        if made.get(name, value) != value:
-            what = f"{name} {made[name]} instead of {value}"
-            raise UserError(f"{where} ran with {what}; remove the folder and run it again")
-    return config
-
-
 def read_config(arguments: list[str]) -> dict:
     """The config.json of a run, in the folder that its arguments name last. Raises UserError as check_config."""
     derived = {"run_dir", "checkpoint_every"}  # what the script fills in by itself
     flags = vars(parse_args(Args, arguments[1:]))
-    return check_config(ROOT, arguments[-1], {name: flags[name] for name in flags if name not in derived})
+    return check_config(ROOT / arguments[-1], {name: flags[name] for name in flags if name not in derived})
 
 
 def each(complete: Callable, runs: list, jobs: int) -> None:
@@ -130,11 +127,6 @@ def complete_commands(commands: list[list[str]], jobs: int) -> None:
     each(complete, commands, jobs)
 
 
-def complete_all(tasks: list[str], jobs: int) -> None:
-    """Complete every run of these tasks. Raises UserError."""
-    complete_commands([command(task, seed) for task in tasks for seed in TASKS[task].seeds], jobs)
-
-
 def measure_walltime() -> None:
     """walltime.csv: seconds of the default command's whole process, imports and evaluation included, one at a time;
     transcript.md: what each of them printed."""
@@ -153,7 +145,6 @@ def measure_walltime() -> None:
     (RESULTS / "transcript.md").write_text(transcript)
 
 
-# ---------------------------------------------------------------------------------------------------------- REPORT
 def provenance(config: dict) -> dict:
     """When, from which commit and with which versions: what a run's config.json says."""
     versions = {name: config["versions"][name] for name in ("torch", "gymnasium", "python")}
@@ -186,14 +177,26 @@ def read_run(task: str, seed: int) -> tuple[dict, list[dict]]:
         kept = [seen[i] for i in np.unique(np.linspace(0, len(seen) - 1, 100).round().astype(int))]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as reason:
         raise UserError(f"{folder(task, seed)} cannot be reported: {reason!r}") from reason
-    return row, [{"task": task, "seed": seed, "global_step": step, "episodic_return": ret} for step, ret in kept]
+    where = {"task": task, "seed": seed}
+    return row | machine(), [where | {"global_step": step, "episodic_return": ret} for step, ret in kept]
 
 
-def summarise(task: str, runs: list[dict]) -> dict:
+def run_all(tasks: list[str], jobs: int) -> None:
+    """Complete every run of these tasks and put them into runs.csv and curves.csv, where other tasks stay. Raises
+    UserError."""
+    runs = [(task, seed) for task in tasks for seed in TASKS[task].seeds]
+    complete_commands([command(*run) for run in runs], jobs)
+    rows, curves = zip(*(read_run(*run) for run in runs), strict=True)
+    for name, fresh in (("runs.csv", list(rows)), ("curves.csv", [point for curve in curves for point in curve])):
+        merge_csv(RESULTS / name, fresh, "task", list(TASKS))
+
+
+# ---------------------------------------------------------------------------------------------------------- REPORT
+def summarise(task: str, runs: list[dict[str, str]]) -> dict:
     """A task's row of summary.md, from its rows of runs.csv."""
     threshold, names = TASKS[task].threshold, ("last_100_return", "eval_return_mean")
-    last, evaluated = (np.array([run[name] for run in runs]) for name in names)
-    steps = [run["first_step_at_threshold"] or math.inf for run in runs]  # a seed that never got there is the slowest
+    last, evaluated = (np.array([float(run[name]) for run in runs]) for name in names)
+    steps = [float(run["first_step_at_threshold"] or "inf") for run in runs]  # a seed that never got there is slowest
     median = np.median(steps)
     return {
         "task": task,
@@ -220,31 +223,22 @@ def describe(rows: list[dict]) -> str:
 
 NOTE = """
 A task's threshold is for the mean return of 100 consecutive training episodes. "Last 100" are the last ones of
-training, "evaluation" is greedy, on seeds that training never used. CPU and cores are those of the machine that wrote
-this report; runs may have shared it, so their wall_seconds in runs.csv are no measurement of speed.
+training, "evaluation" is greedy, on seeds that training never used. Runs may have shared the machine, so their
+wall_seconds in runs.csv are no measurement of speed.
 """
 
 
-def report(tasks: list[str]) -> None:
-    """Write everything in RESULTS but walltime.csv; the same runs give the same bytes. Raises UserError where a run is
-    missing, before anything is written."""
-    runs = [(task, seed) for task in tasks for seed in TASKS[task].seeds]
-    missing = [folder(*run) for run in runs if not (ROOT / folder(*run) / "summary.json").exists()]
-    if missing:
-        count = f"{len(missing)} of {len(runs)} runs have not finished"
-        raise UserError(f"{count}; run benchmark/classic.py without --report: {', '.join(map(str, missing))}")
-    rows, points = zip(*(read_run(*run) for run in runs), strict=True)
-    write_csv(RESULTS / "runs.csv", rows)
-    write_csv(RESULTS / "curves.csv", [point for curve in points for point in curve])
-    panels = plot.read_curves(RESULTS / "curves.csv", panel="task", line="task")
-
+def report() -> None:
+    """Write summary.md and the pictures from the CSVs, always the same bytes. Raises OSError where there is none."""
+    rows, panels = read_csv(RESULTS / "runs.csv"), plot.read_curves(RESULTS / "curves.csv", panel="task", line="task")
     text, table = "# Classic control\n\n", []
-    for task in tasks:
-        seeds, of_task = TASKS[task].seeds, [row for row in rows if row["task"] == task]
-        text += f"    python {' '.join(command(task, 'S'))}  # S = {seeds[0]} to {seeds[-1]}\n"
-        table.append(summarise(task, of_task))
-        plot.draw(RESULTS / f"{task}.png", {of_task[0]["env_id"]: panels[task]}, TASKS[task].threshold)
-    text += f"\n{describe([row | machine() for row in rows])}\n\n{markdown(table)}{NOTE}"
+    for task, lines in panels.items():
+        mine = [row for row in rows if row["task"] == task]
+        words = mine[0]["command"].replace(f" --seed {mine[0]['seed']} ", " --seed S ")
+        text += f"    {words.rpartition('/')[0]}/S  # S = {mine[0]['seed']} to {mine[-1]['seed']}\n"
+        table.append(summarise(task, mine))
+        plot.draw(RESULTS / f"{task}.png", {mine[0]["env_id"]: lines}, TASKS[task].threshold)
+    text += f"\n{describe(rows)}\n\n{markdown(table)}{NOTE}"
     if (RESULTS / "walltime.csv").exists():
         whole = read_csv(RESULTS / "walltime.csv")
         median = np.median([float(row["seconds"]) for row in whole])
@@ -255,17 +249,17 @@ def report(tasks: list[str]) -> None:
 
 def main(argv: list[str]) -> None:
     parser = Parser("Rerun the documented results on classic control and report them.")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to run and to report")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to run")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the runs there are")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the CSVs there are")
     parser.add_argument("--walltime", action="store_true", help="time the default command instead, five runs in a row")
     args = parser.parse_args(argv)
     if args.walltime:
         measure_walltime()
         return
     if not args.report:
-        complete_all(args.tasks, args.jobs)
-    report(args.tasks)
+        run_all(args.tasks, args.jobs)
+    report()
     print(RESULTS / "summary.md")
 
 

@@ -10,7 +10,7 @@ with --preset paper. A suspect is a flag of ppo_continuous.py, or a change of it
 by the new ones and runs the result, so that what is tested is the script itself with one line altered.
 
 Results are benchmark/results/collapse/: per suspect a folder with the runs.csv and curves.csv of benchmark/table1.py;
-random.csv, summary.md and collapse.png for all of them.
+random.csv, summary.md and collapse.png for all of them. To run again what is committed: --results mine.
 """
 
 import sys

@@ -3,7 +3,7 @@
     python benchmark/grpo.py                      # all runs, one after another, then the report
     python benchmark/grpo.py --jobs 2             # two at a time
     python benchmark/grpo.py --ablations mu beta  # some of them
-    python benchmark/grpo.py --report             # the report alone, from the runs there are
+    python benchmark/grpo.py --report             # the report alone, from the CSVs
 
 First both tasks at their defaults. Then ablations: what the baseline is, how large a group, how many gradient steps a
 batch, how heavy the KL penalty, how tokens are averaged. Within an ablation everything else is the same, the number of
@@ -28,7 +28,19 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo_toy
-from benchmark import Parser, UserError, classic, cli, machine, markdown, plot, positive, read_csv, write_csv
+from benchmark import (
+    Parser,
+    UserError,
+    check_config,
+    classic,
+    cli,
+    machine,
+    markdown,
+    merge_csv,
+    plot,
+    positive,
+    read_csv,
+)
 from grpo_toy import END, Args, Task, parse_args, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,14 +65,17 @@ def ramble_task(letters: str = "ABCD", longest: int = 20) -> Task:
 
 
 # ------------------------------------------------------------------------------------------------------- ABLATIONS
+Weights = tuple[tuple[str, float], ...]  # a sum of columns of curves.csv
+RIGHT = {"share of right answers": (("frac_right", 1.0),)}
+
+
 class Ablation(NamedTuple):
     title: str
     flags: str  # of all its runs
     values: dict[str, str]  # what is compared: a label, and the flags that go with it
     default: str | None  # the label that the others are compared with
     panels: tuple[str, str, str]  # columns of metrics.csv, drawn side by side
-    outcome: str = "share of right answers"  # what is compared, as a mean over the whole run
-    weights: tuple[tuple[str, float], ...] = (("frac_right", 1.0),)  # the sum of columns that it is
+    outcomes: dict[str, Weights] = RIGHT  # what is compared, as means over the whole run
 
 
 METRICS = {  # columns of metrics.csv that curves.csv has, and what a picture calls them
@@ -108,8 +123,8 @@ ABLATIONS = {
     "beta": Ablation(
         "The weight beta of the KL to the reference",
         "--task countdown --total-timesteps 150000",
-        {f"beta={beta}": f"--kl-coef {beta}" for beta in ("0", "0.01", "0.04", "0.2")},
-        "beta=0.04",
+        {f"beta={beta}": f"--kl-coef {beta}" for beta in ("0", "0.01", "0.04", "0.07", "0.2")},
+        "beta=0.07",
         ("frac_right", "kl_exact", "entropy"),
     ),
     "aggregation": Ablation(
@@ -118,8 +133,7 @@ ABLATIONS = {
         {name: f"--loss-agg {name}" for name in ("grpo", "dr_grpo", "dapo")},
         "grpo",
         ("frac_right", *LENGTHS),
-        "words by which wrong answers are longer than right ones",
-        ((LENGTHS[0], 1.0), (LENGTHS[1], -1.0)),
+        {"words by which wrong answers are longer than right ones": ((LENGTHS[0], 1.0), (LENGTHS[1], -1.0))} | RIGHT,
     ),
 }
 
@@ -162,7 +176,7 @@ def read_config(key: Key) -> dict:
     """The config.json of a run. Raises UserError where there is none, or where it is not that of the run's flags."""
     flags = vars(parse_args(Args, key.flags().split()))
     wanted = {name: value for name, value in flags.items() if value is not None}  # None: filled in by the script
-    return classic.check_config(ROOT, key.folder(), wanted)
+    return check_config(ROOT / key.folder(), wanted)
 
 
 def complete(key: Key) -> None:
@@ -211,9 +225,7 @@ def run_all(ablations: list[str], jobs: int) -> None:
     classic.each(complete, keys, jobs)
     rows, curves = zip(*map(read_run, keys), strict=True)
     for name, fresh in (("runs.csv", list(rows)), ("curves.csv", [point for curve in curves for point in curve])):
-        others = read_csv(RESULTS / name) if (RESULTS / name).exists() else []
-        kept = [row for row in others if row["ablation"] not in ablations]
-        write_csv(RESULTS / name, sorted(kept + fresh, key=lambda row: list(ABLATIONS).index(row["ablation"])))
+        merge_csv(RESULTS / name, fresh, "ablation", list(ABLATIONS))
 
 
 # ---------------------------------------------------------------------------------------------------------- REPORT
@@ -223,14 +235,14 @@ def said(values: np.ndarray, form: str) -> str:
     return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
-def outcomes(ablation: Ablation, points: list[dict]) -> dict[str, np.ndarray]:
+def outcome(ablation: Ablation, points: list[dict], weights: Weights) -> dict[str, np.ndarray]:
     """label -> the outcome of each seed."""
     found = {}
     for label in ablation.values:
         for seed in sorted({point["seed"] for point in points}, key=int):
             mine = [point for point in points if (point["value"], point["seed"]) == (label, seed)]
             answers = np.diff([0.0, *(float(point["global_step"]) for point in mine)])  # in each stretch
-            parts = [[weight * float(point[column] or "nan") for column, weight in ablation.weights] for point in mine]
+            parts = [[weight * float(point[column] or "nan") for column, weight in weights] for point in mine]
             total = np.sum(parts, axis=1)  # NaN where a column is empty: lengths are compared within a stretch
             seen = ~np.isnan(total)
             found.setdefault(label, []).append(np.average(total[seen], weights=answers[seen]).item())
@@ -239,19 +251,20 @@ def outcomes(ablation: Ablation, points: list[dict]) -> dict[str, np.ndarray]:
 
 def table(ablation: Ablation, runs: list[dict], points: list[dict]) -> list[dict]:
     """An ablation's rows of summary.md, from its rows of runs.csv and curves.csv."""
-    found, lines = outcomes(ablation, points), []
+    found, lines = {name: outcome(ablation, points, weights) for name, weights in ablation.outcomes.items()}, []
     for label in ablation.values:
         mine = [run for run in runs if run["value"] == label]
         numbers = {
             name: np.array([float(run[name]) for run in mine]) for name in mine[0] if re.match("pass|wall|warm", name)
         }
-        line = {"": label, "answers": f"{int(mine[0]['total_timesteps']):,}"}
-        line[ablation.outcome] = said(found[label], ".3f")
-        if ablation.default:
-            difference = found[label] - found[ablation.default]  # of one seed: the same first weights
-            _, (low,), (high,) = plot.interval(difference[:, None])
-            shown = f"{said(difference, '+.3f')}{', no difference seen' if low <= 0 <= high else ''}"
-            line[f"difference from {ablation.default}"] = "" if label == ablation.default else shown
+        line = {"": label, "flags": f"`{ablation.values[label]}`", "answers": f"{int(mine[0]['total_timesteps']):,}"}
+        for name, of_label in found.items():
+            line[name] = said(of_label[label], ".3f")
+            if ablation.default:
+                difference = of_label[label] - of_label[ablation.default]  # of one seed: the same first weights
+                _, (low,), (high,) = plot.interval(difference[:, None])
+                shown = f"{said(difference, '+.3f')}{', no difference seen' if low <= 0 <= high else ''}"
+                line[f"{name}: difference from {ablation.default}"] = "" if label == ablation.default else shown
         line["pass@1 before"] = f"{numbers['pass@1_before'].mean():.3f}"
         line["pass@1 after"] = said(numbers["pass@1_after"], ".3f")
         line["worst seed"] = f"{numbers['pass@1_after'].min():.3f}"

@@ -48,7 +48,8 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, Groups]:
         try:
             config = json.loads((folder / "config.json").read_text())
             rows = [row for row in read_csv(folder / "metrics.csv") if None not in row.values()]  # None: being written
-            who = [(config["args"]["env_id"], config["script"], row["objective"], row["seed"]) for row in rows]
+            where = config["args"].get("env_id") or config["args"]["task"]  # of grpo_toy.py
+            who = [(where, config["script"], row["objective"], row["seed"]) for row in rows]
             points = [(int(row["global_step"]), float(row["charts/episodic_return"] or "nan")) for row in rows]
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as reason:
             raise UserError(f"{folder} is not a run folder with curves to draw: {reason!r}") from reason

@@ -37,12 +37,12 @@ import grpo_toy
 import ppo_atari
 import ppo_cartpole
 import ppo_continuous
-from benchmark import Parser, UserError, cli, machine, markdown, positive, write_csv
+from benchmark import Parser, UserError, cli, git_commit, machine, markdown, positive, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results/speed"
 CORES = os.cpu_count() or 1
-GRID = {"seeds": (1, 2, 3)}  # 33 agents, a column of the paper's Table 1
+GRID = {"seeds": (1, 2, 3)}  # 33 agents: what one task takes of the 231 runs behind the paper's Table 1
 GRID["objectives"] = ("none", "clip:0.1", "clip:0.2", "clip:0.3", "adaptive:0.003", "adaptive:0.01", "adaptive:0.03")
 GRID["objectives"] += ("kl:0.3", "kl:1", "kl:3", "kl:10")
 
@@ -191,10 +191,13 @@ def writing(total_timesteps: int, threads: int) -> dict:
 
 
 def crowd(suite: str, key: str, total_timesteps: int, threads: int) -> dict:
-    """A contestant once per core, all at the same time, speeds added."""
+    """A contestant once on each core, all at the same time, speeds added."""
     flags = f"{suite} --worker {key} --total-timesteps {total_timesteps} --threads {threads}"
     command = [sys.executable, __file__, *flags.split()]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(CORES)]
+    started = []
+    for core in sorted(os.sched_getaffinity(0)):
+        pin = partial(os.sched_setaffinity, 0, {core})
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=pin))
     results = [json.loads(process.communicate()[0]) for process in started]
     first = max(result["first_update_seconds"] for result in results)
     total = {name: sum(result[name] for result in results) for name in ("steps_per_second", "memory_gb")}
@@ -206,12 +209,12 @@ def simulators(agents: int, total_timesteps: int, threads: int) -> dict:
     args = ppo_continuous.Args(total_timesteps=total_timesteps, seeds=tuple(range(agents)))
     args.check()
     ppo_continuous.check_machine(args)
-    actors, steps = ppo_continuous.start_actors(args, 0), max(1, total_timesteps // agents)
-    actions = np.random.default_rng(0).normal(size=(steps, agents, *actors.envs.actions.shape)).astype(np.float32)
+    actors, shape = ppo_continuous.start_actors(args, 0), (total_timesteps, agents)
+    actions = np.random.default_rng(0).normal(size=(*shape, *actors.envs.actions.shape)).astype(np.float32)
     start = time.perf_counter()
     for action in actions:
         actors.envs.step(action)
-    return {"steps_per_second": steps * agents / (time.perf_counter() - start), "first_update_seconds": None}
+    return {"steps_per_second": total_timesteps * agents / (time.perf_counter() - start), "first_update_seconds": None}
 
 
 # -------------------------------------------------------------------------------------------------------- CONTESTANTS
@@ -255,13 +258,18 @@ SUITES = {
     "mujoco": Suite(
         "HalfCheetah-v4 at the defaults of ppo_continuous.py in all, the paper's Table 3: one environment x 2048 steps "
         "per agent, 10 epochs of 32 minibatches, separate tanh networks of 64-64, observations and rewards normalised, "
-        "Adam, on the CPU. The 33 agents are a column of the paper's Table 1, 11 objectives x 3 seeds; they learn in "
-        "one process, whose updates take a thread per core.",
+        "Adam, on the CPU. The 33 agents are what one task takes of the runs behind the paper's Table 1, 11 objectives "
+        "x 3 seeds; they learn in one process, whose updates take a thread per core. Where there is a process per "
+        "core, each is pinned to its own.",
         "sb3",
         {
             "one": Contestant("ppo_continuous.py, one agent", MUJOCO, 1),
             "one-eager": Contestant("ppo_continuous.py --no-compile, one agent", partial(MUJOCO, compile=False), 1),
             "grid": Contestant("ppo_continuous.py, 33 agents", partial(MUJOCO, **GRID), CORES, 33, CORES, 1 / 4),
+            "grid-crowd": Contestant(
+                "ppo_continuous.py, 33 agents a process, a process per core",
+                *(partial(crowd, "mujoco", "grid"), 1, 33 * CORES, CORES, 1 / 4),
+            ),
             "sb3": Contestant("Stable-Baselines3 PPO", sb3_mujoco),
             "sb3-crowd": Contestant(
                 "Stable-Baselines3 PPO, a process per core", partial(crowd, "mujoco", "sb3"), 1, CORES, CORES
@@ -270,7 +278,7 @@ SUITES = {
             "simulator": Contestant("the environment alone, Gymnasium", partial(simulators, 1), 1),
             "simulators": Contestant("33 environments alone, EnvPool", partial(simulators, 33), 1, 33, CORES, 1 / 4),
         },
-        ("one", "grid", "sb3", "sb3-crowd", "sbx", "simulator", "simulators"),
+        ("one", "grid", "grid-crowd", "sb3", "sb3-crowd", "sbx", "simulator", "simulators"),
         40_960,
         ppo_continuous.Args().batch_size,
     ),
@@ -353,9 +361,7 @@ def compare(name: str, keys: list[str], rounds: int, total_timesteps: int, threa
     suite = SUITES[name]
     if total_timesteps <= suite.batch:
         raise UserError(f"--total-timesteps must be above {suite.batch}: the first update is not timed")
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    about = {"started": datetime.datetime.now().isoformat(timespec="seconds")}
-    about["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    about = {"started": datetime.datetime.now().isoformat(timespec="seconds"), "git_commit": git_commit()}
     packages = ["torch", "gymnasium", "envpool", "stable-baselines3"] + ["sbx-rl", "jax"] * ("sbx" in keys)
     packages += ["ale-py"] * (name == "atari")
     about |= {package: version(package) for package in packages}
@@ -374,6 +380,7 @@ def compare(name: str, keys: list[str], rounds: int, total_timesteps: int, threa
         f"{suite.note} Medians of {rounds} rounds, ratios within a round (in brackets the smallest and the largest); "
     )
     note += "steps/s after the first update, which contains compilation, from an empty cache; memory is the peak."
+    note += " SBX was not installed." * ("sbx" in suite.default and not find_spec("sbx"))
     said = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items())
     note = f"# Speed: {name}\n\n{textwrap.fill(note, 120)}\n\n{said}\n\n"
     (RESULTS / f"{name}.md").write_text(note + markdown(table(suite, rows)))

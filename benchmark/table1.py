@@ -13,7 +13,8 @@ each core. Whatever stops this command, even a power cut, the same command goes 
 with the same numbers.
 
 Results are benchmark/results/table1/, or table1-modern/: runs.csv, curves.csv and random.csv (what the policies score
-that have learned nothing); from these alone the report makes summary.md and the pictures.
+that have learned nothing); from these alone the report makes summary.md and the pictures. A clone holds the committed
+ones, so nothing is missing there: to run it all again, give a folder of your own, --results mine.
 """
 
 import contextlib
@@ -26,13 +27,12 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
@@ -47,7 +47,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo_continuous
-from benchmark import Parser, UserError, cli, machine, markdown, plot, positive, read_csv, write_csv
+from benchmark import (
+    Parser,
+    UserError,
+    check_config,
+    cli,
+    git_commit,
+    machine,
+    markdown,
+    plot,
+    positive,
+    read_csv,
+    write_csv,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = "HalfCheetah Hopper InvertedDoublePendulum InvertedPendulum Reacher Swimmer Walker2d"
@@ -112,7 +124,7 @@ def work(call: Call) -> tuple[list[dict], list[dict]]:
     path, args = call.path, replace(parse(call.flags), run_dir=str(call.path))
     if not (path / "summary.json").exists():
         if (path / "config.json").exists():
-            check_config(call)
+            read_config(call)
             args = ppo_continuous.Args(resume=str(path))
         else:
             shutil.rmtree(path, ignore_errors=True)  # stopped before its first file was whole
@@ -127,24 +139,15 @@ def work(call: Call) -> tuple[list[dict], list[dict]]:
     return collect(call)
 
 
-def check_config(call: Call) -> dict:
+def read_config(call: Call) -> dict:
     """The run's config.json. Raises UserError where it is not that of this call."""
-    try:
-        config = json.loads((call.path / "config.json").read_text())
-        made = config["args"]
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise UserError(f"{call.path} has no config.json that can be read: {reason!r}") from reason
     derived = {"run_dir", "resume", "checkpoint_every", "compile"}  # what the script may fill in
-    for name, value in json.loads(json.dumps(vars(parse(call.flags)))).items():
-        if name not in derived and made.get(name, value) != value:
-            what = f"{name} {made[name]} instead of {value}"
-            raise UserError(f"{call.path} ran with {what}; remove the folder, or give other --results")
-    return config
+    return check_config(call.path, {name: x for name, x in vars(parse(call.flags)).items() if name not in derived})
 
 
 def collect(call: Call) -> tuple[list[dict], list[dict]]:
     """Rows of runs.csv and of curves.csv from a finished run. Raises UserError where a file does not fit."""
-    config, rows, points = check_config(call), [], []
+    config, rows, points = read_config(call), [], []
     try:
         summary = json.loads((call.path / "summary.json").read_text())
         metrics = {}
@@ -384,9 +387,7 @@ def measure_random(grid: Grid, settings: list[str], path: Path) -> None:
     UserError where an environment cannot be made."""
     rows = read_csv(path) if path.exists() else []
     have = {(row["env_id"], int(row["seed"])) for row in rows}
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    about = {"started": datetime.datetime.now().isoformat(timespec="seconds")}
-    about["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    about = {"started": datetime.datetime.now().isoformat(timespec="seconds"), "git_commit": git_commit()}
     about |= {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
     for task in grid.tasks:
         missing = [seed for seed in grid.seeds if (task, seed) not in have]
@@ -656,10 +657,10 @@ of the curve in the paper's Figure 3 (-v1); benchmark/paper/README.md says where
 """
 
 
-def on_the_clock(calls: dict[tuple[str, str], float]) -> float:
-    """Seconds in which one or more of these calls ran: (task, start) -> seconds of each."""
+def on_the_clock(calls: Iterable[tuple[str, float]]) -> float:
+    """Seconds in which one or more calls ran, each given as its start and its seconds."""
     seconds, seen = 0.0, -math.inf
-    for start, length in sorted((datetime.datetime.fromisoformat(at).timestamp(), x) for (_, at), x in calls.items()):
+    for start, length in sorted((datetime.datetime.fromisoformat(at).timestamp(), x) for at, x in calls):
         seconds += max(0.0, start + length - max(start, seen))
         seen = max(seen, start + length)
     return seconds
@@ -667,11 +668,12 @@ def on_the_clock(calls: dict[tuple[str, str], float]) -> float:
 
 def tell_origin(runs: list[dict]) -> str:
     """Commands, time, versions."""
-    calls = {(run["env_id"], run["started"]): float(run["wall_seconds"]) for run in runs}
+    calls = {(run["command"], run["started"]): float(run["wall_seconds"]) for run in runs}
     text = "## Where this is from\n\n"
     text += "".join(f"    {command}\n" for command in dict.fromkeys(run["command"] for run in runs))
     text += f"\nThese commands trained for {sum(calls.values()) / 3600:.2f} hours in all, "
-    text += f"{on_the_clock(calls) / 3600:.2f} on the clock. "
+    clock = on_the_clock((start, seconds) for (_, start), seconds in calls.items())
+    text += f"{clock / 3600:.2f} on the clock where none was interrupted. "
     names = ["started", "total_timesteps", "python", *PACKAGES, "git_commit", "cpu", "cores"]
     said = {
         name: sorted({run[name][:10] if name == "started" else run[name] or "unknown" for run in runs})

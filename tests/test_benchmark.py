@@ -121,6 +121,12 @@ def test_plot_groups_by_what_differs(tmp_path):
     plot.draw(tmp_path / "a.png", plot.read_runs([many, other, third]), threshold=2)
 
 
+def test_plot_draws_answers_too(tmp_path):
+    run = write_run(tmp_path / "a", [(1, "grpo")], [(10, "0.5"), (20, "1.0")], script="grpo_toy", args={"task": "sort"})
+    ((steps, returns),) = plot.read_runs([run])["sort"]["grpo"]
+    assert steps.tolist() == [10, 20] and returns.tolist() == [0.5, 1.0]
+
+
 def test_curves_never_extrapolate_and_colour_by_place():
     a, b = ([(np.arange(0.0, end), np.ones(int(end)))] for end in (50_001, 40_001))
     ax = Figure().subplots()
@@ -164,10 +170,10 @@ def test_report_is_the_same_bytes_again(toy, two_runs):
     walltime += "".join(f"{i},{10 + i},2026-01-02T03:04:05,abc,1,2,3,none,2\n" for i in (1, 2, 4))
     (root / "results/walltime.csv").write_text(walltime)
     written = []
-    for _ in range(2):
-        classic.main(["--report"])
+    for flags in ([], ["--report"], []):  # all runs are finished
+        classic.main(flags)
         written.append({path.name: path.read_bytes() for path in (root / "results").iterdir()})
-    assert written[0] == written[1]
+    assert written[0] == written[1] == written[2]
     assert set(written[0]) == {"runs.csv", "curves.csv", "summary.md", "toy.png", "walltime.csv"}
 
     rows = read_csv(root / "results/runs.csv")
@@ -184,21 +190,39 @@ def test_report_is_the_same_bytes_again(toy, two_runs):
     text = (root / "results/summary.md").read_text()
     reached = sum(bool(row["first_step_at_threshold"]) for row in rows)
     assert f"| toy | CartPole-v1 | 20 | {reached} of 2 |" in text
+    assert f"    {rows[0]['command'].rpartition('/')[0].replace('--seed 1', '--seed S')}/S  # S = 1 to 2\n" in text
     assert "12.0 s, median of 3 runs" in text
 
 
-def test_report_refuses_what_it_cannot_vouch_for(toy, two_runs):
-    root = toy(TOY, seeds=range(1, 4))
+def test_other_tasks_stay(toy, two_runs, monkeypatch):
+    root = toy(TOY)
     shutil.copytree(two_runs, root / "runs")
-    with pytest.raises(UserError, match=r"1 of 3 runs have not finished.*toy/3"):
-        classic.main(["--report"])
-    toy(TOY + " --gamma 0.5")  # the runs were made with the default
-    for flags in (["--report"], []):
-        with pytest.raises(UserError, match=r"toy/1 ran with gamma 0\.99 instead of 0\.5"):
-            classic.main(flags)
+    classic.main([])
+    first = {name: read_csv(root / "results" / name) for name in ("runs.csv", "curves.csv")}
+    shutil.move(root / "runs/toy", root / "runs/other")
+    for path in root.glob("runs/other/*/config.json"):
+        path.write_text(path.read_text().replace("runs/toy", "runs/other"))
+    monkeypatch.setattr(classic, "TASKS", {"other": classic.TASKS["toy"], **classic.TASKS})
+    classic.main(["--tasks", "other"])
+    for name, rows in first.items():
+        others = [row | {"task": "other"} for row in rows]
+        if name == "runs.csv":
+            others = [row | {"command": row["command"].replace("runs/toy", "runs/other")} for row in others]
+        assert read_csv(root / "results" / name) == others + rows
+    text = (root / "results/summary.md").read_text()
+    assert text.index("| other |") < text.index("| toy |") and (root / "results/other.png").exists()
+
+
+def test_report_refuses_what_it_cannot_vouch_for(toy, two_runs):
+    root = toy(TOY + " --gamma 0.5")  # the runs were made with the default
+    shutil.copytree(two_runs, root / "runs")
+    with pytest.raises(UserError, match=r"toy/1 ran with gamma 0\.99 instead of 0\.5"):
+        classic.main([])
     toy(TOY)
     (root / "runs/toy/2/summary.json").write_text("[]")
     with pytest.raises(UserError, match="toy/2 cannot be reported"):
+        classic.main([])
+    with pytest.raises(FileNotFoundError):
         classic.main(["--report"])
     assert not (root / "results").exists()
 
@@ -223,7 +247,7 @@ def test_classic_continues_skips_and_restarts(toy):
         (folders[3] / name).write_bytes(started if name == "config.json" else b"[]")
     (folders[3] / "config.json").write_bytes(started.replace(b'"seed": 1', b'"seed": 3'))
 
-    classic.complete_all(["toy"], jobs=1)
+    classic.complete_commands([classic.command("toy", seed) for seed in (1, 2, 3)], jobs=1)
     assert (folders[1] / "config.json").read_bytes() == started  # continued, not started again
     assert len(read_csv(folders[1] / "metrics.csv")) == 64 > done_before
     assert (folders[2] / "summary.json").exists() and not (folders[2] / "config.json.tmp").exists()

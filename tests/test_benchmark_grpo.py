@@ -49,7 +49,7 @@ def test_one_over_length_makes_wrong_answers_longer_and_right_ones_shorter(advan
 # -------------------------------------------------------------------------------------------------------- ablations
 def test_the_flags_of_every_run_are_those_of_the_script_and_differ_within_an_ablation():
     keys = grpo.grid(list(grpo.ABLATIONS))
-    assert len(keys) == 5 * (2 + 4 + 5 + 4 + 4 + 3)
+    assert len(keys) == 5 * (2 + 4 + 5 + 4 + 5 + 3)
     assert len({key.folder() for key in keys}) == len(keys)
     for name, ablation in grpo.ABLATIONS.items():
         assert set(ablation.panels) <= set(grpo.METRICS)
@@ -63,6 +63,7 @@ def test_the_flags_of_every_run_are_those_of_the_script_and_differ_within_an_abl
         assert len({args.batch_size for args in runs}) == 1
         assert len({json.dumps(vars(args)) for args in runs}) == len(runs)
         default = vars(runs[list(ablation.values).index(ablation.default)])
+        assert default == vars(grpo_toy.parse_args(grpo_toy.Args, [*ablation.flags.split(), "--seed", "1"]))
         for args in runs:
             differ = {flag for flag, value in vars(args).items() if value != default[flag]}
             assert differ <= {"baseline", "num_iterations", "kl_coef", "loss_agg"} or name == "group-size"
@@ -163,19 +164,23 @@ def test_outcomes_and_differences_by_hand():
     points, runs = [], []
     for (value, seed), (wrong, right) in lengths.items():
         cells = {"completions/mean_wrong_length": str(wrong), "completions/mean_right_length": str(right)}
+        cells["frac_right"] = "0.25"
         who = {"value": value, "seed": seed}
-        empty = dict.fromkeys(cells, "") | {"completions/mean_right_length": "99"}
+        empty = dict.fromkeys(cells, "") | {"completions/mean_right_length": "99", "frac_right": "0.25"}
         points += [who | {"global_step": "1"} | cells, who | {"global_step": "2"} | empty]
         passes = {f"pass@{k}_{when}": "0.5" for k in "1k" for when in ("before", "after")}
         seconds = {"wall_seconds": "3", "warmup_seconds": "1"}
         runs.append({"value": value, "seed": seed, "k": "16", "total_timesteps": "9"} | seconds | passes)
-    found = grpo.outcomes(ablation, points)
+    wrong_minus_right, *_ = names = list(ablation.outcomes)
+    found = grpo.outcome(ablation, points, ablation.outcomes[wrong_minus_right])
     assert {label: values.tolist() for label, values in found.items()} == {"grpo": [5, 4], "dapo": [0, 0]}
     first, second = grpo.table(ablation, runs, points)
-    assert first[ablation.outcome] == "4.500 (4.000 to 5.000)" and first["difference from grpo"] == ""
-    assert second["difference from grpo"] == "-4.500 (-5.000 to -4.000)"
+    difference = f"{wrong_minus_right}: difference from grpo"
+    assert first[wrong_minus_right] == "4.500 (4.000 to 5.000)" and first[difference] == ""
+    assert second[difference] == "-4.500 (-5.000 to -4.000)"
+    assert names[1] == "share of right answers" and second[names[1]] == "0.250 (0.250 to 0.250)"
     same = grpo.table(ablation, runs, [point | {"value": value} for value in ablation.values for point in points[:4]])
-    assert same[1]["difference from grpo"] == "+0.000 (+0.000 to +0.000), no difference seen"
+    assert same[1][difference] == "+0.000 (+0.000 to +0.000), no difference seen"
     assert np.isnan(grpo.mean(["", ""])) and grpo.mean(["1", "", "3"]) == 2
 
 
@@ -184,4 +189,4 @@ def test_every_sampled_answer_weighs_the_same():
     points = [
         {"value": "mu=2", "seed": "1", "global_step": step, "frac_right": x} for step, x in (("3", "0"), ("4", "1"))
     ]
-    assert grpo.outcomes(ablation, points)["mu=2"].tolist() == [0.25]
+    assert grpo.outcome(ablation, points, grpo.RIGHT["share of right answers"])["mu=2"].tolist() == [0.25]

@@ -1,15 +1,19 @@
 """What the README says about the scripts is true: commands parse, links exist, each detail stands in the named line."""
 
+import ast
 import importlib
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmark import readme
+from benchmark import atari, classic, grpo, markdown, ratchet, read_csv, readme, speed, table1
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark/results"
+NUMBERS = ("steps_per_second", "first_update_seconds", "memory_gb")
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 COMMANDS = [
@@ -36,6 +40,68 @@ def test_every_quoted_command_of_a_script_parses(command):
                     script.parse_args(script.Args, words[at + 1 :]).check()
 
 
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`python (benchmark/\w+\.py[^`]*)`", README))))
+def test_every_flag_of_a_tool_that_is_named_is_one_of_its_own(command):
+    tool, *words = command.split()
+    text = (ROOT / tool).read_text()
+    for word in words:
+        assert f'"{word}"' in text or not word.startswith("--"), word
+
+
+def test_the_python_snippet_uses_what_there_is():
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    tree = ast.parse(snippet)
+    imported, called = tree.body[0], tree.body[1].value
+    script = importlib.import_module(imported.module)
+    assert all(hasattr(script, alias.name) for alias in imported.names) and called.func.id == "train"
+    (args,) = called.args
+    script.Args(**{flag.arg: ast.literal_eval(flag.value) for flag in args.keywords}).check()
+
+
+def reports() -> dict:
+    """Committed report -> what writes it from the committed CSVs, into the folder that it is given."""
+
+    def speed_table(suite: str):
+        def write(folder: Path) -> None:
+            rows = read_csv(folder / f"{suite}.csv")
+            rows = [{k: float(v) if k in NUMBERS and v else v or None for k, v in row.items()} for row in rows]
+            path = folder / f"{suite}.md"
+            note = path.read_text().partition("\n| ")[0]
+            path.write_text(f"{note}\n{markdown(speed.table(speed.SUITES[suite], rows))}")
+
+        return write
+
+    def module(tool):
+        def write(folder: Path) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tool, "RESULTS", folder)
+                tool.main(["--report"])
+
+        return write
+
+    def of_preset(preset: str):
+        def write(folder: Path) -> None:
+            objectives = {row["objective"] for row in read_csv(folder / "runs.csv")}
+            table1.main(["--report", "--preset", preset, "--results", str(folder), "--objectives", *objectives])
+
+        return write
+
+    found = {f"speed/{suite}.md": speed_table(suite) for suite in speed.SUITES}
+    for tool in (classic, grpo, atari, ratchet):
+        found[f"{tool.__name__.rpartition('.')[2]}/summary.md"] = module(tool)
+    found |= {"table1/summary.md": of_preset("paper"), "table1-modern/summary.md": of_preset("modern")}
+    return {path: write for path, write in found.items() if (RESULTS / path).exists()}
+
+
+@pytest.mark.parametrize("path", reports())
+def test_every_report_is_what_its_csvs_say(path, tmp_path):
+    folder = tmp_path / "results"
+    shutil.copytree((RESULTS / path).parent, folder)
+    committed = (folder / Path(path).name).read_text()
+    reports()[path](folder)
+    assert (folder / Path(path).name).read_text() == committed
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", README))))
 def test_every_linked_file_exists(target):
     assert (ROOT / target).exists()
@@ -52,7 +118,7 @@ def test_the_details_stand_where_the_table_says_and_the_numbers_are_the_committe
     assert [int(n) for n, _ in rows] == list(range(1, 14))
 
 
-@pytest.mark.parametrize(("script", "limit"), [("ppo_cartpole", 250), ("ppo_continuous", 350)])
+@pytest.mark.parametrize(("script", "limit"), [("ppo_cartpole", 250), ("ppo_continuous", 350), ("ppo_atari", 350)])
 def test_what_people_read_fits_in_one_sitting(script, limit):
     lines = (ROOT / f"{script}.py").read_text().rstrip().splitlines()
     first = next(i for i, line in enumerate(lines) if line.endswith(" ENVIRONMENTS"))
