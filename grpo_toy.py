@@ -24,8 +24,9 @@ the second step the ratio leaves 1, so that clipping is not idle. The KL penalty
     Dr. GRPO (Liu et al. 2025), no 1/|o|, no std            --loss-agg dr_grpo --scale-rewards none --kl-coef 0
     DAPO (Yu et al. 2025), clip-higher, mean over tokens    --loss-agg dapo --clip-high 0.28 --kl-coef 0
     GSPO (Zheng et al. 2025), geometric mean of the ratios  --ratio sequence-mean --clip-low 3e-4 --clip-high 4e-4
+                                                            --kl-coef 0
     RLOO (Ahmadian et al. 2024), the others as baseline     --baseline leave-one-out --scale-rewards none
-                                                            --ratio sequence --num-iterations 1
+                                                            --ratio sequence --num-iterations 1 --kl-coef 0
 
 Left out are DAPO's dynamic sampling and overlong penalty, RLOO's KL as a part of the reward, and R1's KL of whole
 answers: it is one per token here. DAPO's mean is over the tokens of the batch here, in its paper over a group's.
@@ -96,9 +97,9 @@ class Args:
 
     # The objective
     ratio: Literal["token", "sequence", "sequence-mean"] = "token"
-    """of each token (eq. 3), of the answer, which is their product (R1), or their geometric mean in it (GSPO)"""
+    """of each token (eq. 3); sequence: of the answer, their product (R1); sequence-mean: their geometric mean (GSPO)"""
     loss_agg: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    """mean over each answer, then over answers (eq. 3); sum / (answers * longest possible); mean over all tokens"""
+    """grpo: mean in each answer, then over answers (eq. 3); dr_grpo: sum / (answers * longest); dapo: all tokens"""
     clip_low: float = 0.2
     """the ratio is clipped below 1 minus this (epsilon)"""
     clip_high: float = 0.2
@@ -106,7 +107,7 @@ class Args:
     kl_coef: float = 0.07
     """weight of KL[policy, reference] (beta); 0 only measures it"""
     kl_estimator: Literal["k2", "k3", "k3-corrected", "exact"] = "k3"
-    """how the penalty is estimated at each token: see kl_terms(); k3 is eq. 4"""
+    """how the penalty is estimated at each token: see kl_terms(); k3 is eq. 4; exact: summed over all words"""
     ref_sync: int = 0
     """updates after which the reference becomes a copy of the policy; 0 keeps the one that training starts from"""
 
@@ -351,12 +352,12 @@ def categorical_kl(old: Tensor, new: Tensor) -> Tensor:
 def kl_terms(new: Tensor, old: Tensor, reference: Tensor) -> Batch:
     """Estimators of KL[policy, reference] from a token's log-probability under the policy, under the policy it was
     sampled from and under the reference, all [...] (Schulman, http://joschu.net/blog/kl-approx.html). What they do as
-    a loss is another matter than what they measure. Averaged over tokens of the policy, the gradient of
-    k1            log pi/pi_ref is zero, so it is never a loss here;
-    k2            is that of KL[policy, reference];
-    k3            eq. 4, unbiased and positive as a measurement, is that of the forward KL[reference, policy];
-    k3-corrected  k3 times the ratio pi/pi_old, through which the gradient goes too, is that of KL[policy, reference],
-                  also when the policy has moved on from pi_old (DeepSeek-V3.2)."""
+    a loss is another matter than what they measure. With x = log pi/pi_ref, and averaged over tokens of the policy:
+                  value               gradient
+    k1            x                   0, so it is never a loss here
+    k2            x^2 / 2             that of KL[policy, reference]
+    k3            e^-x + x - 1        that of the forward KL[reference, policy]; a measurement without bias (eq. 4)
+    k3-corrected  pi/pi_old * k3      that of KL[policy, reference], also when the policy moved on (DeepSeek-V3.2)"""
     log_ratio = reference - new
     k3 = log_ratio.exp() - log_ratio - 1
     return {"k1": -log_ratio, "k2": log_ratio.square() / 2, "k3": k3, "k3-corrected": (new - old).exp() * k3}
@@ -376,7 +377,7 @@ def grpo_loss(log_probs: Tensor, batch: Batch, max_length: int, args: Args) -> t
 
     log_ratio = new - old
     if args.ratio != "token":
-        log_ratio = (log_ratio * mask).sum(-1, keepdim=True)  # of the whole answer [N, 1]: pi(o | q) / pi_old(o | q)
+        log_ratio = log_ratio.sum(-1, keepdim=True)  # of the whole answer [N, 1]: pi(o | q) / pi_old(o | q)
         if args.ratio == "sequence-mean":
             log_ratio = log_ratio / lengths
     ratio = log_ratio.exp()
@@ -405,7 +406,7 @@ def grpo_loss(log_probs: Tensor, batch: Batch, max_length: int, args: Args) -> t
 
 def update(agent: Agent, optimizer, batch: Batch, max_length: int, args: Args) -> dict:
     """mu gradient steps on one batch: what grpo_loss takes, and prompts [P, L]. Returns the means of the metrics over
-    the steps, and the exact KL of the sampling policy to the updated one, a mean over the tokens."""
+    the steps, and the exact KL of the sampling policy to the updated one, a mean over the tokens of 8 questions."""
     history, parameters = [], list(agent.parameters())
     for _ in range(args.num_iterations):
         log_probs = score(agent, batch["prompts"], batch["tokens"], args.temperature)
@@ -415,9 +416,11 @@ def update(agent: Agent, optimizer, batch: Batch, max_length: int, args: Args) -
         history.append(metrics | {"grad_norm": nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)})
         optimizer.step()
     means = {name: torch.stack([metrics[name] for metrics in history]).mean().item() for name in history[0]}
+    few = 8 * args.group_size  # answers: all of them would cost a tenth of the run
     with torch.no_grad():
-        log_probs = score(agent, batch["prompts"], batch["tokens"], args.temperature)
-    return means | {"kl_after_update": categorical_kl(batch["log_probs"], log_probs)[batch["mask"]].mean().item()}
+        log_probs = score(agent, batch["prompts"][:8], batch["tokens"][:few], args.temperature)
+    kl = categorical_kl(batch["log_probs"][:few], log_probs)[batch["mask"][:few]]
+    return means | {"kl_after_update": kl.mean().item()}
 
 
 # -------------------------------------------------------------------------------------------------------- TRAINING
@@ -464,6 +467,7 @@ def train(args: Args, task: Task | None = None) -> tuple[Agent, list[dict]]:
         run.seconds["warmup"] = 0.0
         with run.timed("warmup"):
             warm_up(agent, task, args)
+        check_finite({"weights after the warm-up": nn.utils.parameters_to_vector(agent.parameters())}, 0)
         reference.load_state_dict(agent.state_dict())
         before = evaluate(agent, task, args)
         state = {"update": 0, "global_step": 0, "transitions": [0], "diverged_at": [None], "before": before}
@@ -482,7 +486,7 @@ def train(args: Args, task: Task | None = None) -> tuple[Agent, list[dict]]:
                 batch["ref_log_probs"] = score(reference, batch["prompts"], batch["tokens"], args.temperature)
         with run.timed("environment"):
             rewards = verify(task, prompts, batch)
-        check_finite({"rewards": rewards, "log_probs": batch["log_probs"]}, state["update"] + 1)
+        check_finite({"rewards": rewards}, state["update"] + 1)
 
         # ADVANTAGES
         batch["advantages"] = group_advantages(rewards, args.baseline, args.scale_rewards).flatten()
@@ -559,12 +563,6 @@ def stream(seed: int, name: str, index: int = 0) -> int:
     return int.from_bytes(key[:8], "little") % (2**30 - 2**20)
 
 
-def compiled(function: Callable) -> Callable:
-    """torch.compile, with the switch that lets it trace torch.autograd.grad; not part of PyTorch's stable interface."""
-    torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, dynamic=True)
-
-
 def write_file(path: Path, data: bytes) -> None:
     """All of the new content or all of the old, whenever the process or the machine dies."""
     temporary = path.with_name(path.name + ".tmp")
@@ -604,12 +602,12 @@ def load_run(cls: type, run_dir: str) -> tuple[Args, dict | None]:
     path = Path(run_dir)
     try:
         config = json.loads((path / "config.json").read_text())
-        args, script = cls(**config["args"]), config["script"]
+        if config["script"] != Path(__file__).stem:
+            raise UserError(f"{run_dir} is a run of {config['script']}.py, not of {Path(__file__).name}")
+        args = cls(**config["args"])
         saved = load_checkpoint(path / "checkpoint.pt") if (path / "checkpoint.pt").exists() else None
     except (OSError, ValueError, KeyError, TypeError) as reason:
         raise UserError(f"{run_dir} is not a run folder that can be read: {reason}") from reason
-    if script != Path(__file__).stem:
-        raise UserError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
     if saved is not None and saved["args"] != config["args"]:
         raise UserError(f"{path / 'config.json'} has changed since the checkpoint was written; undo the change")
     args.run_dir = args.resume = str(path)
@@ -628,8 +626,8 @@ class Run:
         self.task, self.agents, (self.title,) = task, args.agents, task.values()
         args.checkpoint_every = args.checkpoint_every or safest
         self.recent = saved["recent"] if saved else [[] for _ in self.agents]  # of the last 100 episodes
-        clocks = ("wall", "first", *CLOCKS)  # first: up to the end of the first update, with any compilation
-        self.seconds = saved["seconds"] if saved else dict.fromkeys(clocks, 0.0)
+        # first: up to the end of the first update of each process, with any compilation; starts: how many these were
+        self.seconds = saved["seconds"] if saved else dict.fromkeys(("wall", "first", "starts", *CLOCKS), 0.0)
         self.started, self.settled = time.perf_counter() - self.seconds["wall"], False
 
         script, seeds = Path(__file__).stem, "-".join(dict.fromkeys(str(agent["seed"]) for agent in self.agents))
@@ -684,9 +682,14 @@ class Run:
         import wandb
 
         runs, where = [], {"project": project, "group": self.path.name, "dir": self.path, "reinit": "create_new"}
+        start = (self.path / "config.json").read_bytes()  # flags and the time: no other run's, and kept by --resume
         for agent in self.agents:
             name = "__".join(re.sub(r"[^\w.=-]", "-", str(part)) for part in (self.path.name, *agent.values()))
-            runs.append(wandb.init(name=name, id=name[-64:], resume="allow", config=self.config | agent, **where))
+            where["id"] = hashlib.sha256(start + name.encode()).hexdigest()[:32]
+            try:
+                runs.append(wandb.init(name=name, resume="allow", config=self.config | agent, **where))
+            except wandb.Error as reason:
+                raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
         return runs
 
     @contextlib.contextmanager
@@ -706,10 +709,11 @@ class Run:
 
     def log(self, state: dict, charts: list[dict], losses: list[dict]) -> None:
         """One row per agent in metrics.csv; None, and a mean over no episode, are left empty."""
-        self.seconds["wall"] = time.perf_counter() - self.started
-        self.seconds["first"] = self.seconds["first"] or self.seconds["wall"]
-        if not self.settled:  # all that exists after an update stays; searching it for garbage again cost 4% of a run
-            gc.collect()
+        before, self.seconds["wall"] = self.seconds["wall"], time.perf_counter() - self.started
+        if not self.settled:
+            self.seconds["first"] += self.seconds["wall"] - before
+            self.seconds["starts"] += 1
+            gc.collect()  # all that exists after an update stays; searching it for garbage again cost 4% of a run
             gc.freeze()
             self.settled = True
         for i, agent in enumerate(self.agents):
@@ -750,9 +754,10 @@ class Run:
     def finish(self, state: dict, returns: list[list[float]]) -> list[dict]:
         """Write summary.json from the evaluation's returns, one list per agent, and say how each agent did."""
         self.bar.close()
+        gc.unfreeze()
         rows, wall = [], self.seconds["wall"]
         steps = state["global_step"] * len(self.agents)
-        timed = steps * (1 - 1 / state["update"]), wall - self.seconds["first"]
+        timed = steps * (1 - self.seconds["starts"] / state["update"]), wall - self.seconds["first"]
         for i, (agent, recent, evaluated) in enumerate(zip(self.agents, self.recent, returns, strict=True)):
             row = self.task | agent | {"total_timesteps": state["global_step"], "transitions": state["transitions"][i]}
             row |= {"wall_seconds": wall, "seconds": {name: self.seconds[name] for name in CLOCKS}}
@@ -935,7 +940,7 @@ def main() -> None:
         print("error: " + " ".join(str(reason).split()), file=sys.stderr)
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:
-        print("interrupted; --resume RUN_DIR goes on from its last checkpoint", file=sys.stderr)
+        print("interrupted; --resume RUN_DIR goes on from its last checkpoint, if it has one", file=sys.stderr)
         sys.exit(130)
 
 

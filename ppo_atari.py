@@ -18,7 +18,8 @@ Mnih et al. (2015); the paper cites the smaller one of Mnih et al. (2016), but i
 
 Under torchrun the actors are split over the ranks, and the sum of the ranks' gradients is that of one process with all
 of the actors; rank 0 writes the run folder (which, on several nodes, --resume must be able to read everywhere; it
-repeats the same bits only with as many ranks as before).
+repeats the same bits only with as many ranks as before). Every rank says an error, and torchrun adds a report and ends
+with code 1.
 """
 
 import contextlib
@@ -114,7 +115,7 @@ class Args:
     device: str = "cpu"
     """cpu or cuda; under torchrun, cuda gives each process of a machine its own GPU"""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """arithmetic of the convolutions and the layer after them (float32 on a GPU: TF32); auto: bfloat16 if native"""
+    """of the convolutions and the layer after them (float32: TF32 in a GPU's convolutions); auto: bfloat16 if native"""
     compile: bool = False
     """torch.compile the loss, for a GPU; on a CPU it gains nothing, the convolutions being what takes the time"""
     threads: int = 0
@@ -220,7 +221,7 @@ class Objective(NamedTuple):
         if self.kl_target is None:
             return beta
         if kl > 1.5 * self.kl_target:
-            return 2 * beta
+            return min(2 * beta, 1e30)  # which float32 still holds
         return beta / 2 if kl < self.kl_target / 1.5 else beta
 
 
@@ -273,7 +274,7 @@ def play(actors: SimpleNamespace, actions: np.ndarray) -> tuple:
     actors.returns, actors.lengths = actors.returns + info["reward"], actors.lengths + ~actors.ended
     unseen = actors.lost & (info["lives"] > actors.lives)
     terminated = terminated | (info["terminated"] > 0)  # EnvPool has a game over at the time limit truncated
-    over = ((info["terminated"] > 0) | truncated | unseen) & (actors.lengths > 0)  # once, if idle frames end a game
+    over = ((info["terminated"] > 0) | truncated | unseen) & (actors.lengths > 0)  # EnvPool may tell of an end twice
     actors.ended, actors.lives = terminated | truncated, info["lives"]
     actors.lost = actors.ended & ~over
     return rewards, terminated, truncated, over
@@ -440,7 +441,7 @@ def collect(agent: Agent, actors: SimpleNamespace, noise: Tensor, seconds: dict)
 
 def update(agent, optimizer, batch: Batch, orders: Tensor, objective, beta, args, loss_fn=minibatch_loss) -> dict:
     """K epochs of minibatch steps on this rank's B rows: obs, valid and what ppo_loss takes but weights. orders [K, P,
-    M]: which of them are in each of P minibatches; a minibatch unites those of all ranks. Returns the means of the
+    M]: the M rows of each of P minibatches; the p-th ones of all ranks make one gradient step. Returns the means of the
     metrics over all steps, and the exact KL after the last: on a minibatch's rows, on all if the objective adapts."""
     parameters, history, ranks = list(agent.parameters()), [], total(torch.ones((), device=orders.device))
     # tensors, as torch.compile would take every new float for another program
@@ -454,7 +455,7 @@ def update(agent, optimizer, batch: Batch, orders: Tensor, objective, beta, args
     weights = valid / total(valid.sum(-1, keepdim=True)).clamp(min=1)
     for epoch, minibatches in enumerate(orders):
         for i, rows in enumerate(minibatches):  # every row once per epoch  [detail 6]
-            minibatch = {name: x.index_select(0, rows) for name, x in batch.items()}  # for images 8 times x[rows]
+            minibatch = {name: x.index_select(0, rows) for name, x in batch.items()}  # 8 times as fast as x[rows]
             minibatch |= {"advantages": advantages[epoch, i], "weights": weights[epoch, i]}
             loss, metrics = loss_fn(agent, minibatch, objective, beta, args)
             optimizer.zero_grad()
@@ -462,7 +463,7 @@ def update(agent, optimizer, batch: Batch, orders: Tensor, objective, beta, args
             sum_gradients(parameters)
             norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # [detail 11]
             optimizer.step()
-            history.append(metrics | {"grad_norm": norm / ranks})
+            history.append(metrics | {"grad_norm": norm / ranks})  # the same on all ranks, and total() will add it up
         epoch_kls = [metrics["approx_kl"] for metrics in history[-len(minibatches) :]]
         if args.target_kl is not None and total(torch.stack(epoch_kls).mean()) > args.target_kl:
             break
@@ -583,7 +584,9 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[list[float]]:
     while running.any():
         for i in running.nonzero()[0] if videos else ():
             videos[i].write_frame(*actors.envs.render(env_ids=[i]))
-        logits = agent(torch.from_numpy(actors.obs).permute(0, 2, 3, 1).contiguous().to(args.device))[0].cpu()
+        seen = torch.from_numpy(actors.obs[running]).permute(0, 2, 3, 1).contiguous().to(args.device)
+        logits = torch.zeros(games, int(actors.envs.action_space.n))
+        logits[running] = agent(seen)[0].cpu()
         if args.sample_actions:
             logits -= torch.empty_like(logits).exponential_(generator=rng).log()
         *_, over = play(actors, logits.argmax(-1).numpy())
@@ -620,12 +623,6 @@ def stream(seed: int, name: str, index: int = 0) -> int:
     up to 2^20 environments can count on from it and evaluation, from 2^30 on, meets none of their seeds."""
     key = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
     return int.from_bytes(key[:8], "little") % (2**30 - 2**20)
-
-
-def compiled(function: Callable) -> Callable:
-    """torch.compile, with the switch that lets it trace torch.autograd.grad; not part of PyTorch's stable interface."""
-    torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, dynamic=True)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -667,12 +664,12 @@ def load_run(cls: type, run_dir: str) -> tuple[Args, dict | None]:
     path = Path(run_dir)
     try:
         config = json.loads((path / "config.json").read_text())
-        args, script = cls(**config["args"]), config["script"]
+        if config["script"] != Path(__file__).stem:
+            raise UserError(f"{run_dir} is a run of {config['script']}.py, not of {Path(__file__).name}")
+        args = cls(**config["args"])
         saved = load_checkpoint(path / "checkpoint.pt") if (path / "checkpoint.pt").exists() else None
     except (OSError, ValueError, KeyError, TypeError) as reason:
         raise UserError(f"{run_dir} is not a run folder that can be read: {reason}") from reason
-    if script != Path(__file__).stem:
-        raise UserError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
     if saved is not None and saved["args"] != config["args"]:
         raise UserError(f"{path / 'config.json'} has changed since the checkpoint was written; undo the change")
     args.run_dir = args.resume = str(path)
@@ -691,8 +688,8 @@ class Run:
         self.task, self.agents, (self.title,) = task, args.agents, task.values()
         args.checkpoint_every = args.checkpoint_every or safest
         self.recent = saved["recent"] if saved else [[] for _ in self.agents]  # of the last 100 episodes
-        clocks = ("wall", "first", *CLOCKS)  # first: up to the end of the first update, with any compilation
-        self.seconds = saved["seconds"] if saved else dict.fromkeys(clocks, 0.0)
+        # first: up to the end of the first update of each process, with any compilation; starts: how many these were
+        self.seconds = saved["seconds"] if saved else dict.fromkeys(("wall", "first", "starts", *CLOCKS), 0.0)
         self.started, self.settled = time.perf_counter() - self.seconds["wall"], False
 
         script, seeds = Path(__file__).stem, "-".join(dict.fromkeys(str(agent["seed"]) for agent in self.agents))
@@ -747,9 +744,14 @@ class Run:
         import wandb
 
         runs, where = [], {"project": project, "group": self.path.name, "dir": self.path, "reinit": "create_new"}
+        start = (self.path / "config.json").read_bytes()  # flags and the time: no other run's, and kept by --resume
         for agent in self.agents:
             name = "__".join(re.sub(r"[^\w.=-]", "-", str(part)) for part in (self.path.name, *agent.values()))
-            runs.append(wandb.init(name=name, id=name[-64:], resume="allow", config=self.config | agent, **where))
+            where["id"] = hashlib.sha256(start + name.encode()).hexdigest()[:32]
+            try:
+                runs.append(wandb.init(name=name, resume="allow", config=self.config | agent, **where))
+            except wandb.Error as reason:
+                raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
         return runs
 
     @contextlib.contextmanager
@@ -769,10 +771,11 @@ class Run:
 
     def log(self, state: dict, charts: list[dict], losses: list[dict]) -> None:
         """One row per agent in metrics.csv; None, and a mean over no episode, are left empty."""
-        self.seconds["wall"] = time.perf_counter() - self.started
-        self.seconds["first"] = self.seconds["first"] or self.seconds["wall"]
-        if not self.settled:  # all that exists after an update stays; searching it for garbage again cost 4% of a run
-            gc.collect()
+        before, self.seconds["wall"] = self.seconds["wall"], time.perf_counter() - self.started
+        if not self.settled:
+            self.seconds["first"] += self.seconds["wall"] - before
+            self.seconds["starts"] += 1
+            gc.collect()  # all that exists after an update stays; searching it for garbage again cost 4% of a run
             gc.freeze()
             self.settled = True
         for i, agent in enumerate(self.agents):
@@ -813,9 +816,10 @@ class Run:
     def finish(self, state: dict, returns: list[list[float]]) -> list[dict]:
         """Write summary.json from the evaluation's returns, one list per agent, and say how each agent did."""
         self.bar.close()
+        gc.unfreeze()
         rows, wall = [], self.seconds["wall"]
         steps = state["global_step"] * len(self.agents)
-        timed = steps * (1 - 1 / state["update"]), wall - self.seconds["first"]
+        timed = steps * (1 - self.seconds["starts"] / state["update"]), wall - self.seconds["first"]
         for i, (agent, recent, evaluated) in enumerate(zip(self.agents, self.recent, returns, strict=True)):
             row = self.task | agent | {"total_timesteps": state["global_step"], "transitions": state["transitions"][i]}
             row |= {"wall_seconds": wall, "seconds": {name: self.seconds[name] for name in CLOCKS}}
@@ -860,6 +864,12 @@ def parse_args(cls: type, argv: list[str]) -> Args:
 
 
 # -------------------------------------------------------------------------------------------------------- COMMANDS
+def compiled(function: Callable) -> Callable:
+    """torch.compile, with the switch that lets it trace torch.autograd.grad; not part of PyTorch's stable interface."""
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(function, dynamic=True)
+
+
 class Silence(Run):
     """Run on every rank but 0: takes everything and writes nothing."""
 
@@ -928,7 +938,7 @@ def main() -> None:
         print("error: " + " ".join(str(reason).split()), file=sys.stderr)
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:
-        print("interrupted; --resume RUN_DIR goes on from its last checkpoint", file=sys.stderr)
+        print("interrupted; --resume RUN_DIR goes on from its last checkpoint, if it has one", file=sys.stderr)
         sys.exit(130)
 
 

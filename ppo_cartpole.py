@@ -145,7 +145,7 @@ class Args:
         """Raises UserError for the first flag that makes no sense. (A comparison with NaN is False, so NaN fails.)"""
         parse_objective(self.objective)
         for name in ("total_timesteps", "num_envs", "num_steps", "update_epochs", "num_minibatches", "eval_episodes"):
-            most = 10**12 if name == "total_timesteps" else 2**20  # stream() keeps the seeds of so many actors apart
+            most = 10**12 if name == "total_timesteps" else 2**20  # 2^20: stream() has room for the seeds of so many
             if not 1 <= getattr(self, name) <= most:
                 raise UserError(f"--{name.replace('_', '-')} must be between 1 and {most}, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**31:
@@ -169,7 +169,7 @@ class Args:
         if self.batch_size > 10**8:
             raise UserError(f"a batch of {self.batch_size} steps is too large; lower --num-envs or --num-steps")
         if self.num_envs * (self.num_steps // 2) < 2 * self.num_minibatches:  # every second row may be a reset
-            raise UserError("a minibatch must hold at least 4 steps; raise --num-steps or lower --num-minibatches")
+            raise UserError(f"too few steps for {self.num_minibatches} minibatches; raise --num-steps or --num-envs")
         if self.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
             raise UserError("--compile needs a C++ compiler such as g++; leave the flag out")
         if self.device not in ("cpu", "cuda"):
@@ -191,7 +191,7 @@ class Objective(NamedTuple):
         if self.kl_target is None:
             return beta
         if kl > 1.5 * self.kl_target:
-            return 2 * beta
+            return min(2 * beta, 1e30)  # which float32 still holds
         return beta / 2 if kl < self.kl_target / 1.5 else beta
 
 
@@ -495,12 +495,6 @@ def stream(seed: int, name: str, index: int = 0) -> int:
     return int.from_bytes(key[:8], "little") % (2**30 - 2**20)
 
 
-def compiled(function: Callable) -> Callable:
-    """torch.compile, with the switch that lets it trace torch.autograd.grad; not part of PyTorch's stable interface."""
-    torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, dynamic=True)
-
-
 def write_file(path: Path, data: bytes) -> None:
     """All of the new content or all of the old, whenever the process or the machine dies."""
     temporary = path.with_name(path.name + ".tmp")
@@ -540,12 +534,12 @@ def load_run(cls: type, run_dir: str) -> tuple[Args, dict | None]:
     path = Path(run_dir)
     try:
         config = json.loads((path / "config.json").read_text())
-        args, script = cls(**config["args"]), config["script"]
+        if config["script"] != Path(__file__).stem:
+            raise UserError(f"{run_dir} is a run of {config['script']}.py, not of {Path(__file__).name}")
+        args = cls(**config["args"])
         saved = load_checkpoint(path / "checkpoint.pt") if (path / "checkpoint.pt").exists() else None
     except (OSError, ValueError, KeyError, TypeError) as reason:
         raise UserError(f"{run_dir} is not a run folder that can be read: {reason}") from reason
-    if script != Path(__file__).stem:
-        raise UserError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
     if saved is not None and saved["args"] != config["args"]:
         raise UserError(f"{path / 'config.json'} has changed since the checkpoint was written; undo the change")
     args.run_dir = args.resume = str(path)
@@ -564,8 +558,8 @@ class Run:
         self.task, self.agents, (self.title,) = task, args.agents, task.values()
         args.checkpoint_every = args.checkpoint_every or safest
         self.recent = saved["recent"] if saved else [[] for _ in self.agents]  # of the last 100 episodes
-        clocks = ("wall", "first", *CLOCKS)  # first: up to the end of the first update, with any compilation
-        self.seconds = saved["seconds"] if saved else dict.fromkeys(clocks, 0.0)
+        # first: up to the end of the first update of each process, with any compilation; starts: how many these were
+        self.seconds = saved["seconds"] if saved else dict.fromkeys(("wall", "first", "starts", *CLOCKS), 0.0)
         self.started, self.settled = time.perf_counter() - self.seconds["wall"], False
 
         script, seeds = Path(__file__).stem, "-".join(dict.fromkeys(str(agent["seed"]) for agent in self.agents))
@@ -620,9 +614,14 @@ class Run:
         import wandb
 
         runs, where = [], {"project": project, "group": self.path.name, "dir": self.path, "reinit": "create_new"}
+        start = (self.path / "config.json").read_bytes()  # flags and the time: no other run's, and kept by --resume
         for agent in self.agents:
             name = "__".join(re.sub(r"[^\w.=-]", "-", str(part)) for part in (self.path.name, *agent.values()))
-            runs.append(wandb.init(name=name, id=name[-64:], resume="allow", config=self.config | agent, **where))
+            where["id"] = hashlib.sha256(start + name.encode()).hexdigest()[:32]
+            try:
+                runs.append(wandb.init(name=name, resume="allow", config=self.config | agent, **where))
+            except wandb.Error as reason:
+                raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
         return runs
 
     @contextlib.contextmanager
@@ -642,10 +641,11 @@ class Run:
 
     def log(self, state: dict, charts: list[dict], losses: list[dict]) -> None:
         """One row per agent in metrics.csv; None, and a mean over no episode, are left empty."""
-        self.seconds["wall"] = time.perf_counter() - self.started
-        self.seconds["first"] = self.seconds["first"] or self.seconds["wall"]
-        if not self.settled:  # all that exists after an update stays; searching it for garbage again cost 4% of a run
-            gc.collect()
+        before, self.seconds["wall"] = self.seconds["wall"], time.perf_counter() - self.started
+        if not self.settled:
+            self.seconds["first"] += self.seconds["wall"] - before
+            self.seconds["starts"] += 1
+            gc.collect()  # all that exists after an update stays; searching it for garbage again cost 4% of a run
             gc.freeze()
             self.settled = True
         for i, agent in enumerate(self.agents):
@@ -686,9 +686,10 @@ class Run:
     def finish(self, state: dict, returns: list[list[float]]) -> list[dict]:
         """Write summary.json from the evaluation's returns, one list per agent, and say how each agent did."""
         self.bar.close()
+        gc.unfreeze()
         rows, wall = [], self.seconds["wall"]
         steps = state["global_step"] * len(self.agents)
-        timed = steps * (1 - 1 / state["update"]), wall - self.seconds["first"]
+        timed = steps * (1 - self.seconds["starts"] / state["update"]), wall - self.seconds["first"]
         for i, (agent, recent, evaluated) in enumerate(zip(self.agents, self.recent, returns, strict=True)):
             row = self.task | agent | {"total_timesteps": state["global_step"], "transitions": state["transitions"][i]}
             row |= {"wall_seconds": wall, "seconds": {name: self.seconds[name] for name in CLOCKS}}
@@ -733,8 +734,14 @@ def parse_args(cls: type, argv: list[str]) -> Args:
 
 
 # -------------------------------------------------------------------------------------------------------- COMMANDS
+def compiled(function: Callable) -> Callable:
+    """torch.compile, with the switch that lets it trace torch.autograd.grad; not part of PyTorch's stable interface."""
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(function, dynamic=True)
+
+
 def open_env(env_id: str, render: bool, videos: Path | None = None) -> gym.Env:
-    """One environment for evaluation; with `render`, every episode is recorded into the folder `videos`.
+    """One environment; with `render`, every episode is recorded into the folder `videos`.
 
     One without a time limit gets a limit of 100,000 steps. Raises UserError where it cannot be made or rendered.
     """
@@ -789,7 +796,7 @@ def main() -> None:
         print("error: " + " ".join(str(reason).split()), file=sys.stderr)
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:
-        print("interrupted; --resume RUN_DIR goes on from its last checkpoint", file=sys.stderr)
+        print("interrupted; --resume RUN_DIR goes on from its last checkpoint, if it has one", file=sys.stderr)
         sys.exit(130)
 
 

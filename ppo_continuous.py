@@ -9,8 +9,8 @@ and frozen in evaluation; and lockstep. A run trains one agent per pair of seed 
 
 for far less than the price of twelve. Agent, loss and Adam step are written for ONE agent; torch.func adds the leading
 axis A of agents, torch.compile fuses what comes out. Every random stream of an agent is keyed by its seed alone, so it
-is the same agent alone or in a crowd, and objectives with one seed share weights, noise and environments: they can be
-compared in pairs.
+is the same agent alone or in a crowd (on the same simulator: from four environments on, --env-backend auto takes
+EnvPool), and objectives with one seed share weights, noise and environments: they can be compared in pairs.
 
     python ppo_continuous.py                                    # HalfCheetah-v4, clip:0.2, one agent
     python ppo_continuous.py --env-id Hopper-v4 --seeds 1 2 3   # three agents
@@ -178,7 +178,7 @@ class Args:
             if not 0 <= seed < 2**31:
                 raise UserError(f"--seeds must be between 0 and {2**31 - 1}, not {seed}")
         for name in ("total_timesteps", "num_envs", "num_steps", "update_epochs", "num_minibatches", "eval_episodes"):
-            most = 10**12 if name == "total_timesteps" else 2**20  # stream() keeps the seeds of so many actors apart
+            most = 10**12 if name == "total_timesteps" else 2**20  # 2^20: stream() has room for the seeds of so many
             if not 1 <= getattr(self, name) <= most:
                 raise UserError(f"--{name.replace('_', '-')} must be between 1 and {most}, not {getattr(self, name)}")
         for name in ("gamma", "gae_lambda"):
@@ -201,7 +201,7 @@ class Args:
         if self.batch_size * len(self.agents) > 10**8:
             raise UserError(f"{len(self.agents)} batches of {self.batch_size} steps are too large; lower --num-steps")
         if self.num_envs * (self.num_steps // 2) < 2 * self.num_minibatches:  # every second row may be a reset
-            raise UserError("a minibatch must hold at least 4 steps; raise --num-steps or lower --num-minibatches")
+            raise UserError(f"too few steps for {self.num_minibatches} minibatches; raise --num-steps or --num-envs")
         if self.device not in ("cpu", "cuda"):
             raise UserError(f"--device must be cpu or cuda, not {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -221,7 +221,7 @@ class Objective(NamedTuple):
         if self.kl_target is None:
             return beta
         if kl > 1.5 * self.kl_target:
-            return 2 * beta
+            return min(2 * beta, 1e30)  # which float32 still holds
         return beta / 2 if kl < self.kl_target / 1.5 else beta
 
 
@@ -250,7 +250,7 @@ def start_actors(args: Args, update: int) -> SimpleNamespace:
     firsts, shape = [stream(agent["seed"], "environments", update) for agent in args.agents], (-1, args.num_envs)
     envs = make_envs(args, [first + i for first in firsts for i in range(args.num_envs)])  # [detail 1]
     returns, lengths, discounted = np.zeros((3, len(firsts), args.num_envs))  # of the episode that each is in
-    now = {"obs": envs.obs.reshape(*shape, envs.obs.shape[-1]), "ended": returns > 0}
+    now = {"obs": envs.obs.reshape(*shape, envs.obs.shape[-1]), "ended": np.zeros(returns.shape, bool)}
     return SimpleNamespace(envs=envs, **now, returns=returns, lengths=lengths, discounted=discounted)
 
 
@@ -287,6 +287,7 @@ def merge(stats: Batch, x: Tensor, valid: Tensor, alive: Tensor) -> Batch:
     x, valid = x.double().mT, valid.double().unsqueeze(1)
     n = valid.sum(-1)
     total, shift = stats["count"] + n, average(x, valid) - stats["mean"]
+    # sums of squares: before, within x, and between the two means
     squares = stats["var"] * stats["count"] + variance(x, valid) * (n - 1) + shift.square() * stats["count"] * n / total
     merged = {"count": total, "mean": stats["mean"] + shift * n / total, "var": squares / total}
     return {name: torch.where(alive.unsqueeze(-1), merged[name], stats[name]) for name in stats}
@@ -311,11 +312,6 @@ def policies(weights: Batch, stats: Batch, clip: float) -> Callable:
         return np.tanh(np.tanh(seen @ w0 + b0) @ w1 + b1) @ w2 + b2 + noise * spread
 
     return act
-
-
-def by_agent(x: Tensor) -> Tensor:
-    """[T, A, N, ...] -> [A, T * N, ...]"""
-    return x.transpose(0, 1).flatten(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------- THE ALGORITHM
@@ -377,9 +373,9 @@ def ppo_loss(policy: tuple[Tensor, Tensor, Tensor], batch: Batch, objective: Bat
     limited = free.where(objective["log_prob"], ratio.clamp(1 - objective["epsilon"], 1 + objective["epsilon"]))
     surrogate = torch.min(free * advantages, limited * advantages)  # eq. 7, and eq. 6 at epsilon = inf  [detail 8]
     old, new = (batch["mean"], batch["log_std"]), (mean, log_std)
-    felt = (torch.where(objective["beta"] > 0, x, was) for x, was in zip(new, old, strict=True))
-    penalty = objective["beta"] * gaussian_kl(*old, *felt)
-    policy_loss = -average(surrogate - penalty, batch["valid"])  # eq. 8
+    penalised = (torch.where(objective["beta"] > 0, x, was) for x, was in zip(new, old, strict=True))
+    penalty = objective["beta"] * gaussian_kl(*old, *penalised)  # eq. 8; without a penalty KL[old, old], which is 0
+    policy_loss = -average(surrogate - penalty, batch["valid"])
 
     value_loss = (values - batch["returns"]).square()
     if args.value_clip is not None:  # the larger of two errors  [detail 9]
@@ -390,9 +386,10 @@ def ppo_loss(policy: tuple[Tensor, Tensor, Tensor], batch: Batch, objective: Bat
 
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # eq. 9  [detail 10]
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    # approx_kl, old_approx_kl: KL from the actions taken, k3 and k1 of joschu.net/blog/kl-approx.html
     each = {"kl": gaussian_kl(*old, *new), "approx_kl": log_ratio.exp() - 1 - log_ratio, "old_approx_kl": -log_ratio}
-    each["clipfrac"] = ((ratio - 1).abs() > objective["epsilon"]).float()  # before it, k3 and k1 of
-    metrics |= {name: average(x, batch["valid"]) for name, x in each.items()}  # joschu.net/blog/kl-approx.html
+    each["clipfrac"] = ((ratio - 1).abs() > objective["epsilon"]).float()
+    metrics |= {name: average(x, batch["valid"]) for name, x in each.items()}
     return loss, {name: value.detach() for name, value in (metrics | {"loss": loss}).items()}
 
 
@@ -439,6 +436,8 @@ def update(step, learners: dict, batch: Batch, objective: Batch, orders: Tensor,
         if args.target_kl is not None:
             kl, steps = (learners["sums"][name] - before[name] for name in ("approx_kl", "steps"))
             learners["active"] = learners["active"] & (kl / steps <= args.target_kl)
+            if not learners["active"].any():
+                break
     return learners
 
 
@@ -488,20 +487,20 @@ def train(args: Args) -> tuple[dict, list[dict]]:
     summary.json holds. Raises UserError before anything is written, NonFiniteError where no agent is left alive."""
     args, saved = load_run(Args, args.resume) if args.resume is not None else (replace(args), None)
     args.check()
-    check_machine(args)
+    compiling = check_machine(args)
     torch.set_num_threads(1)  # here and in rollouts: bits depend on it, and EnvPool needs the other cores
     agents, objectives = args.agents, [parse_objective(agent["objective"]) for agent in args.agents]
     state = saved["state"] if saved else new_state(objectives)
     actors = start_actors(args, state["update"])
     dims = actors.obs.shape[-1], actors.envs.actions.shape[0]
-    learners = saved["learners"] if saved else new_learners(args, dims)
+    learners = tree_map(lambda x: x.to(args.device), saved["learners"] if saved else new_learners(args, dims))
     stats = saved["stats"] if saved else new_stats(args, dims)
     rng = new_generators(args)
     restore(saved, **rng)
     model = Agent(*dims).to(args.device)  # lends its structure; the weights are those of the learners
     look = torch.vmap(partial(functional_call, model))
     step = torch.vmap(partial(gradient_step, model, args), in_dims=(0, 0, 0, 0, None))
-    step = torch.compile(step, dynamic=False) if args.compile else step
+    step = torch.compile(step, dynamic=False) if compiling else step
     fixed = {"log_prob": [o.log_prob for o in objectives], "epsilon": [o.epsilon for o in objectives]}
     run = Run(args, {"env_id": args.env_id}, math.ceil(50 * actors.envs.longest / args.num_steps), saved)
     threads = cores() if len(agents) >= 4 else 1  # one agent's steps are too small to share
@@ -570,7 +569,7 @@ def train(args: Args) -> tuple[dict, list[dict]]:
         state["global_step"] += args.batch_size
         run.log(state, charts, losses)
         if state["update"] % args.checkpoint_every == 0 or state["update"] == args.num_updates:
-            run.save(state, dims=dims, learners=learners, stats=stats, **rng)
+            run.save(state, learners=learners, stats=stats, **rng)
             actors.envs.close()  # environments cannot be saved: every run, resumed or not, starts new episodes here
             actors = start_actors(args, state["update"])
     actors.envs.close()
@@ -582,8 +581,9 @@ def evaluate(trained: dict, args: Args, run_path: Path) -> list[list[float]]:
     """Returns [A, E] of E = args.eval_episodes episodes of every agent, all side by side on seeds that training never
     used, with the mean action or, for args.sample_actions, sampled ones; weights and statistics stay as they are."""
     firsts, episodes = [2**30 + stream(agent["seed"], "evaluation") for agent in args.agents], args.eval_episodes
-    videos = run_path / "videos" if args.capture_video else None
-    envs = make_envs(args, [first + i for first in firsts for i in range(episodes)], videos)
+    if args.capture_video:
+        return film(trained, args, firsts, run_path / "videos")
+    envs = make_envs(args, [first + i for first in firsts for i in range(episodes)])
     policy = policies(trained["learners"]["weights"], trained["stats"]["obs"], args.obs_clip)
     rng, shape = [torch.Generator().manual_seed(first) for first in firsts], (episodes, *envs.actions.shape)
     obs, returns, running = envs.obs, np.zeros(len(envs.obs)), np.ones(len(envs.obs), bool)
@@ -625,12 +625,6 @@ def stream(seed: int, name: str, index: int = 0) -> int:
     return int.from_bytes(key[:8], "little") % (2**30 - 2**20)
 
 
-def compiled(function: Callable) -> Callable:
-    """torch.compile, with the switch that lets it trace torch.autograd.grad; not part of PyTorch's stable interface."""
-    torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, dynamic=True)
-
-
 def write_file(path: Path, data: bytes) -> None:
     """All of the new content or all of the old, whenever the process or the machine dies."""
     temporary = path.with_name(path.name + ".tmp")
@@ -670,12 +664,12 @@ def load_run(cls: type, run_dir: str) -> tuple[Args, dict | None]:
     path = Path(run_dir)
     try:
         config = json.loads((path / "config.json").read_text())
-        args, script = cls(**config["args"]), config["script"]
+        if config["script"] != Path(__file__).stem:
+            raise UserError(f"{run_dir} is a run of {config['script']}.py, not of {Path(__file__).name}")
+        args = cls(**config["args"])
         saved = load_checkpoint(path / "checkpoint.pt") if (path / "checkpoint.pt").exists() else None
     except (OSError, ValueError, KeyError, TypeError) as reason:
         raise UserError(f"{run_dir} is not a run folder that can be read: {reason}") from reason
-    if script != Path(__file__).stem:
-        raise UserError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
     if saved is not None and saved["args"] != config["args"]:
         raise UserError(f"{path / 'config.json'} has changed since the checkpoint was written; undo the change")
     args.run_dir = args.resume = str(path)
@@ -694,8 +688,8 @@ class Run:
         self.task, self.agents, (self.title,) = task, args.agents, task.values()
         args.checkpoint_every = args.checkpoint_every or safest
         self.recent = saved["recent"] if saved else [[] for _ in self.agents]  # of the last 100 episodes
-        clocks = ("wall", "first", *CLOCKS)  # first: up to the end of the first update, with any compilation
-        self.seconds = saved["seconds"] if saved else dict.fromkeys(clocks, 0.0)
+        # first: up to the end of the first update of each process, with any compilation; starts: how many these were
+        self.seconds = saved["seconds"] if saved else dict.fromkeys(("wall", "first", "starts", *CLOCKS), 0.0)
         self.started, self.settled = time.perf_counter() - self.seconds["wall"], False
 
         script, seeds = Path(__file__).stem, "-".join(dict.fromkeys(str(agent["seed"]) for agent in self.agents))
@@ -750,9 +744,14 @@ class Run:
         import wandb
 
         runs, where = [], {"project": project, "group": self.path.name, "dir": self.path, "reinit": "create_new"}
+        start = (self.path / "config.json").read_bytes()  # flags and the time: no other run's, and kept by --resume
         for agent in self.agents:
             name = "__".join(re.sub(r"[^\w.=-]", "-", str(part)) for part in (self.path.name, *agent.values()))
-            runs.append(wandb.init(name=name, id=name[-64:], resume="allow", config=self.config | agent, **where))
+            where["id"] = hashlib.sha256(start + name.encode()).hexdigest()[:32]
+            try:
+                runs.append(wandb.init(name=name, resume="allow", config=self.config | agent, **where))
+            except wandb.Error as reason:
+                raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
         return runs
 
     @contextlib.contextmanager
@@ -772,10 +771,11 @@ class Run:
 
     def log(self, state: dict, charts: list[dict], losses: list[dict]) -> None:
         """One row per agent in metrics.csv; None, and a mean over no episode, are left empty."""
-        self.seconds["wall"] = time.perf_counter() - self.started
-        self.seconds["first"] = self.seconds["first"] or self.seconds["wall"]
-        if not self.settled:  # all that exists after an update stays; searching it for garbage again cost 4% of a run
-            gc.collect()
+        before, self.seconds["wall"] = self.seconds["wall"], time.perf_counter() - self.started
+        if not self.settled:
+            self.seconds["first"] += self.seconds["wall"] - before
+            self.seconds["starts"] += 1
+            gc.collect()  # all that exists after an update stays; searching it for garbage again cost 4% of a run
             gc.freeze()
             self.settled = True
         for i, agent in enumerate(self.agents):
@@ -816,9 +816,10 @@ class Run:
     def finish(self, state: dict, returns: list[list[float]]) -> list[dict]:
         """Write summary.json from the evaluation's returns, one list per agent, and say how each agent did."""
         self.bar.close()
+        gc.unfreeze()
         rows, wall = [], self.seconds["wall"]
         steps = state["global_step"] * len(self.agents)
-        timed = steps * (1 - 1 / state["update"]), wall - self.seconds["first"]
+        timed = steps * (1 - self.seconds["starts"] / state["update"]), wall - self.seconds["first"]
         for i, (agent, recent, evaluated) in enumerate(zip(self.agents, self.recent, returns, strict=True)):
             row = self.task | agent | {"total_timesteps": state["global_step"], "transitions": state["transitions"][i]}
             row |= {"wall_seconds": wall, "seconds": {name: self.seconds[name] for name in CLOCKS}}
@@ -879,14 +880,15 @@ def choose_backend(args: Args) -> str:
     return args.env_backend
 
 
-def check_machine(args: Args) -> None:
-    """Settles who simulates and whether updates are compiled. Raises UserError where --capture-video cannot render."""
+def check_machine(args: Args) -> bool:
+    """Settles who simulates; returns whether to compile. Raises UserError where --capture-video cannot render."""
     args.env_backend = choose_backend(args)
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        print("note: no C++ compiler on this machine, so updates run eagerly, several times slower", file=sys.stderr)
-        args.compile = False
     if args.capture_video:
         open_env(args.env_id, render=True).close()
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        print("note: no C++ compiler on this machine, so updates run eagerly, several times slower", file=sys.stderr)
+        return False
+    return args.compile
 
 
 def make_envs(args: Args, seeds: list[int], videos: Path | None = None) -> SimpleNamespace:
@@ -898,9 +900,8 @@ def make_envs(args: Args, seeds: list[int], videos: Path | None = None) -> Simpl
             observes, acts, longest = envs.observation_space, envs.action_space, envs.spec.config.max_episode_steps
             obs, _ = envs.reset()
         else:
-            folders = [videos / str(i) if videos else None for i in range(len(seeds))]
-            makers = [partial(open_env, args.env_id, videos is not None, folder) for folder in folders]
-            envs = gym.vector.SyncVectorEnv(makers, copy=False)  # what it returns is copied before the next step
+            maker = partial(open_env, args.env_id, videos is not None, videos)
+            envs = gym.vector.SyncVectorEnv([maker] * len(seeds), copy=False)  # its arrays are copied before a step
             observes, acts = envs.single_observation_space, envs.single_action_space
             obs, longest = envs.reset(seed=seeds)[0], envs.envs[0].spec.max_episode_steps
     except UserError:
@@ -916,12 +917,12 @@ def make_envs(args: Args, seeds: list[int], videos: Path | None = None) -> Simpl
         close=envs.close,
         obs=obs,
         actions=acts,
-        longest=longest or 1000,
+        longest=longest,
     )
 
 
 def open_env(env_id: str, render: bool, videos: Path | None = None) -> gym.Env:
-    """One environment for evaluation; with `render`, every episode is recorded into the folder `videos`.
+    """One environment; with `render`, every episode is recorded into the folder `videos`.
 
     One without a time limit gets a limit of 100,000 steps. Raises UserError where it cannot be made or rendered.
     """
@@ -939,6 +940,11 @@ def open_env(env_id: str, render: bool, videos: Path | None = None) -> gym.Env:
     return env
 
 
+def by_agent(x: Tensor) -> Tensor:
+    """[T, A, N, ...] -> [A, T * N, ...]"""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
 def new_state(objectives: list[Objective]) -> dict:
     """What a run counts, and for every agent its beta, its transitions, and the step at which it was frozen."""
     state = {"update": 0, "global_step": 0, "beta": [objective.beta for objective in objectives]}
@@ -951,8 +957,8 @@ def new_learners(args: Args, dims: tuple[int, int]) -> dict:
     for agent in args.agents:
         torch.manual_seed(stream(agent["seed"], "weights"))
         weights.append({name: w.detach() for name, w in Agent(*dims).named_parameters()})
-    weights = {name: torch.stack([w[name] for w in weights]).to(args.device) for name in weights[0]}
-    zeros, ones = (torch.full((len(args.agents),), x, device=args.device) for x in (0.0, True))
+    weights = {name: torch.stack([w[name] for w in weights]) for name in weights[0]}
+    zeros, ones = (torch.full((len(args.agents),), x) for x in (0.0, True))
     losses = ("policy_loss", "value_loss", "entropy", "kl", "approx_kl", "old_approx_kl", "clipfrac", "grad_norm")
     learners = {"weights": weights, "m": tree_map(torch.zeros_like, weights), "v": tree_map(torch.zeros_like, weights)}
     learners |= {"t": zeros, "sums": {name: zeros.clone() for name in ("steps", *losses)}}
@@ -975,6 +981,28 @@ def new_generators(args: Args) -> dict[str, torch.Generator]:
 
 
 # -------------------------------------------------------------------------------------------------------- COMMANDS
+def film(trained: dict, args: Args, firsts: list[int], folder: Path) -> list[list[float]]:
+    """evaluate() with an mp4 of every episode, AGENT-EPISODE/ below the folder: one after another, since the pictures
+    of a thousand steps, which are kept until the episode is over, are close to a gigabyte."""
+    returns = []
+    for a, first in enumerate(firsts):
+        weights, stats = ({name: x[a : a + 1] for name, x in part.items()}
+                          for part in (trained["learners"]["weights"], trained["stats"]["obs"]))  # fmt: skip
+        policy, rng, mine = policies(weights, stats, args.obs_clip), torch.Generator().manual_seed(first), []
+        for episode in range(args.eval_episodes):
+            envs = make_envs(args, [first + episode], folder / f"{a}-{episode}")
+            obs, total, over = envs.obs, 0.0, False
+            while not over:
+                shape = (1, 1, *envs.actions.shape)
+                noise = torch.randn(shape, generator=rng).numpy() if args.sample_actions else 0.0
+                obs, (reward,), (terminated,), (truncated,), _ = envs.step(policy(obs.astype(np.float32)[None], noise))
+                total, over = total + reward, terminated or truncated
+            envs.close()
+            mine.append(float(total))
+        returns.append(mine)
+    return returns
+
+
 def load_agent(run_dir: str) -> tuple[dict, Args]:
     """The trained agents of a run folder, on the CPU, and the flags. Raises UserError where there is no checkpoint."""
     args, saved = load_run(Args, run_dir)
@@ -1010,7 +1038,7 @@ def main() -> None:
         print("error: " + " ".join(str(reason).split()), file=sys.stderr)
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:
-        print("interrupted; --resume RUN_DIR goes on from its last checkpoint", file=sys.stderr)
+        print("interrupted; --resume RUN_DIR goes on from its last checkpoint, if it has one", file=sys.stderr)
         sys.exit(130)
 
 

@@ -174,6 +174,7 @@ def test_the_adaptive_rule_has_three_branches_and_the_fixed_one_none():
     kls = (0.0151, 0.0149, 0.0067, 0.0066)  # 1.5 d_targ and d_targ / 1.5 from both sides
     assert [adaptive.adapt(4.0, kl) for kl in kls] == [8.0, 4.0, 4.0, 2.0]
     assert [fixed.adapt(3.0, kl) for kl in kls] == [3.0] * 4
+    assert torch.tensor(adaptive.adapt(1e30, math.inf)).isfinite()  # doubled for ever, it would be inf in float32
     assert (adaptive.beta, fixed.beta) == (1.0, 3.0)
 
 

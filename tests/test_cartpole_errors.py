@@ -49,7 +49,7 @@ FLAGS = {
     **{f"--objective={text}": f"{text!r} is no objective" for text in ("foo:1", "pg:1", "none:1", "adaptive", "PG")},
     # sizes
     "--num-envs 30 --num-minibatches 7": "30 x 64 = 1920 steps does not divide into 7 minibatches",
-    "--num-minibatches 1024": "at least 4 steps",
+    "--num-minibatches 1024": "too few steps for 1024 minibatches",
     "--total-timesteps 0": "--total-timesteps must be between 1 and",
     "--num-envs -1": "--num-envs must be between 1 and 1048576, not -1",
     "--num-envs 1048577": "--num-envs must be between 1 and 1048576, not 1048577",
@@ -156,7 +156,7 @@ FOLDERS = [
     ("--resume run", config_is('{"script": "ppo_cartpole", "args": []}'), "run is not a run folder that can be read"),
     ("--resume run", edit(horizon=5), "unexpected keyword argument 'horizon'"),
     ("--resume run", edit(seed=2), "config.json has changed since the checkpoint was written"),
-    ("--resume run", config_is('{"script": "ppo_atari", "args": {}}'), "a run of ppo_atari.py, not of ppo_cartpole.py"),
+    ("--resume run", config_is('{"script": "ppo_atari", "args": {"threads": 1}}'), "run is a run of ppo_atari.py, not"),
     ("--resume run", without("metrics.csv"), "cannot write to run/metrics.csv: No such file"),
     ("--resume run", lambda run: (run / "episodes.csv").write_text(""), "run/episodes.csv is shorter than when"),
     ("--resume run/config.json", nothing, "run/config.json is not a run folder that can be read"),

@@ -20,6 +20,7 @@ from dataclasses import asdict, fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -502,6 +503,7 @@ def test_everything_a_run_leaves(objective, main, monkeypatch, tmp_path):
     assert isinstance(summary, list) and len(summary) == 1
     keys = "env_id seed objective total_timesteps transitions wall_seconds seconds sps last_100_return"
     assert list(summary[0]) == f"{keys} eval_return_mean eval_return_std eval_episodes diverged_at".split()
+    assert ppo.load_checkpoint(run / "checkpoint.pt")["seconds"]["starts"] == 1
     assert list(summary[0]["seconds"]) == ["environment", "policy", "update"]
     assert 0 < sum(summary[0]["seconds"].values()) < summary[0]["wall_seconds"] and summary[0]["sps"] > 0
     expected = {"env_id": "CartPole-v1", "seed": 11, "objective": objective, "eval_episodes": 3, "diverged_at": None}
@@ -572,6 +574,32 @@ def test_track_needs_no_account_where_wandb_mode_says_so(mode, process, tmp_path
     assert (tmp_path / "run" / "summary.json").exists()
     logs = list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
     assert [log.stat().st_size > 1000 for log in logs] == ([True] if mode == "offline" else [])
+
+
+def test_each_mirror_has_an_id_of_its_own_that_a_resumed_run_keeps(monkeypatch, tmp_path):
+    """Folders with the same last part are not the same run."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    fake = SimpleNamespace(
+        login=lambda: None, Error=OSError, init=lambda **given: seen.append(given) or SimpleNamespace(log=len)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder in ("a/1", "b/1"):
+        args = ppo.Args(run_dir=folder, track=True, gamma=0.9 if folder == "a/1" else 0.8)
+        ppo.Run(args, {"env_id": "E"}, 1, None).bar.close()
+    args = ppo.Args(run_dir="a/1", resume="a/1", track=True, gamma=0.9)
+    saved = {"recent": [[]], "seconds": {"wall": 1.0}, "lengths": {"metrics.csv": 0, "episodes.csv": 0}}
+    ppo.Run(args, {"env_id": "E"}, 1, saved | {"state": {"global_step": 0}}).bar.close()
+    ids = [given["id"] for given in seen]
+    assert ids[0] == ids[2] != ids[1] and all(re.fullmatch("[0-9a-f]{32}", x) for x in ids)
+    assert {given["name"] for given in seen} == {"1__1__clip-0.2"}
+
+    def refuse(**_):
+        raise OSError("no network")
+
+    fake.init = refuse
+    with pytest.raises(ppo.UserError, match=r"^--track: no network; or set WANDB_MODE=offline$"):
+        ppo.Run(ppo.Args(run_dir="c", track=True), {"env_id": "E"}, 1, None)
 
 
 def test_track_without_a_key_is_one_line_and_leaves_nothing(process, tmp_path):

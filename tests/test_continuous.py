@@ -323,6 +323,49 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "stopped" / "config.json").read_text())["args"]["env_backend"] == "envpool"
 
 
+def test_a_run_goes_on_and_is_evaluated_where_there_is_no_compiler(tmp_path, monkeypatch, capsys):
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 256, "checkpoint_every": 1, "compile": True}
+    run, real = str(tmp_path / "run"), ppo.update
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    monkeypatch.setattr(ppo.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+    def train_until(args: Args, updates: int) -> None:
+        calls = []
+
+        def update(*rest):
+            calls.append(1)
+            if len(calls) > updates:
+                raise KeyboardInterrupt
+            return real(*rest)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ppo, "update", update)
+            ppo.train(args)
+
+    train_until(arguments(**flags, run_dir=run), 2)
+    monkeypatch.setattr(ppo.shutil, "which", lambda _: None)
+    train_until(Args(resume=run), 1)
+    _, (summary,) = ppo.train(Args(resume=run))
+    assert capsys.readouterr().err.count("note: no C++ compiler") == 2
+    loaded, args = ppo.load_agent(run)
+    assert ppo.evaluate(loaded, args, tmp_path)[0] == pytest.approx([summary["eval_return_mean"]])
+    assert ppo.load_checkpoint(tmp_path / "run/checkpoint.pt")["seconds"]["starts"] == 3  # each compiled anew
+
+
+def test_videos_show_every_episode_that_is_counted(tmp_path):
+    flags = {"env_id": "Pendulum-v1", "seeds": (1, 2), "total_timesteps": 64, "num_envs": 2, "eval_episodes": 2}
+    trained, _ = ppo.train(arguments(**flags, env_backend="gymnasium", run_dir=str(tmp_path / "run")))
+    args = arguments(**flags | {"eval_episodes": 2}, env_backend="gymnasium")
+    plain = ppo.evaluate(trained, args, tmp_path)
+    for sampled in (False, True):
+        args.capture_video, args.sample_actions = True, sampled
+        filmed = ppo.evaluate(trained, args, tmp_path / str(sampled))
+        assert np.allclose(filmed, plain, rtol=1e-3) != sampled and np.isfinite(filmed).all()
+        videos = sorted((tmp_path / str(sampled)).rglob("*.mp4"))
+        assert [video.parent.name for video in videos] == ["0-0", "0-1", "1-0", "1-1"]
+        assert all(video.read_bytes()[4:8] == b"ftyp" and video.stat().st_size > 1000 for video in videos)
+
+
 def test_every_metric_of_every_agent_is_there_and_finite(tmp_path):
     flags = {"env_id": "Pendulum-v1", "objectives": OBJECTIVES, "total_timesteps": 256, "num_envs": 2}
     _, summaries = ppo.train(arguments(**flags, run_dir=str(tmp_path / "run")))

@@ -858,8 +858,9 @@ VARIANTS = {
     "R1": {"ratio": "sequence"},
     "Dr. GRPO": {"loss_agg": "dr_grpo", "scale_rewards": "none", "kl_coef": 0.0},
     "DAPO": {"loss_agg": "dapo", "clip_high": 0.28, "kl_coef": 0.0},
-    "GSPO": {"ratio": "sequence-mean", "clip_low": 3e-4, "clip_high": 4e-4},
-    "RLOO": {"baseline": "leave-one-out", "scale_rewards": "none", "ratio": "sequence", "num_iterations": 1},
+    "GSPO": {"ratio": "sequence-mean", "clip_low": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0},
+    "RLOO": {"baseline": "leave-one-out", "scale_rewards": "none", "ratio": "sequence", "num_iterations": 1}
+    | {"kl_coef": 0.0},
 }
 
 
@@ -877,6 +878,45 @@ def test_every_variant_learns_to_count(name, tmp_path, monkeypatch):
     _, (summary,) = grpo.train(args, count_task())
     assert summary["pass@1_before"] <= 0.2 and summary["pass@1_after"] >= 0.5  # of six questions with a word never seen
     assert summary["last_100_return"] >= 0.85  # of those in training
+
+
+def test_sorting_is_learned(tmp_path, monkeypatch):
+    """The default run's task with two digits instead of up to five, and a sixth of its answers."""
+    monkeypatch.chdir(tmp_path)
+    task = TASKS["sort"]
+    short = {name: [q for q in getattr(task, name) if q[2] == grpo.BLANK] for name in ("prompts", "held_out")}
+    args = Args(total_timesteps=32_000, num_prompts=32, run_dir="run")
+    _, (summary,) = grpo.train(args, task._replace(**short))
+    assert summary["pass@1_before"] <= 0.05 and summary["pass@1_after"] >= 0.3
+    assert summary["last_100_return"] >= 0.8  # of those in training, a share of right places
+
+
+def is_expression(answer: list[str]) -> bool:
+    """Whether it has a value, of whatever numbers."""
+    words = list(answer)
+    try:
+        grpo.value(words)
+    except (ValueError, ZeroDivisionError, IndexError):
+        return False
+    return words == [END]
+
+
+def test_the_warm_up_teaches_the_form_of_an_answer():
+    """The share of sampled answers that are expressions."""
+    task, shares = TASKS["countdown"], []
+    for steps in (0, 100):
+        torch.manual_seed(0)
+        agent = Agent(len(task.vocab), len(task.prompts[0]) + task.max_length)
+        grpo.warm_up(agent, task, Args(warmup_steps=steps))
+        batch = sample(agent, task.encode(task.held_out[:64]), 4, task.max_length, 1.0, torch.Generator())
+        shares.append(np.mean([is_expression(answer) for answer in task.decode(batch["tokens"], batch["mask"])]))
+    assert shares[0] <= 0.05 and shares[1] >= 0.3, shares
+
+
+def test_a_warm_up_that_diverges_is_one_line(main):
+    command = "--task countdown --weight-decay 5000 --warmup-steps 60 --run-dir run"
+    code, _, err = main(*command.split())
+    assert code == 3 and err[-1].startswith("error: weights after the warm-up not finite in update 0")
 
 
 def test_without_anything_to_learn_from_nothing_is_learned(tmp_path, monkeypatch):
