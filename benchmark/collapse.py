@@ -1,16 +1,19 @@
-"""Why does the paper's Table 1 have -0.39 for no clipping and no penalty? Controlled experiments on HalfCheetah-v4.
+"""Where Table 1 came out unlike the paper's: which detail makes the difference? Controlled experiments on one task.
 
-    python benchmark/collapse.py                                # run what is missing, then the report
+    python benchmark/collapse.py                                # HalfCheetah-v4: run what is missing, then the report
+    python benchmark/collapse.py --task InvertedDoublePendulum-v4
     python benchmark/collapse.py --suspects as-it-is adam-epsilon
     python benchmark/collapse.py --report                       # the report alone, from the CSVs
 
-The paper explains its score by HalfCheetah, where `none` ends far below the untrained policy. Here is every detail that
-may have been different in the paper's own code, one at a time: three seeds of `none`, and of `clip:0.2` as a control,
-with --preset paper. A suspect is a flag of ppo_continuous.py, or a change of its text: a worker replaces the old words
-by the new ones and runs the result, so that what is tested is the script itself with one line altered.
+The paper explains its -0.39 for no clipping and no penalty by HalfCheetah, where `none` ends far below the untrained
+policy. Here is every detail that may have been different in the paper's own code, one at a time: three seeds of `none`
+and of `clip:0.2`, with --preset paper. A suspect is a flag of ppo_continuous.py, or a change of its text: a worker
+replaces the old words by the new ones and runs the result, so that what is tested is the script itself with one line
+altered.
 
-Results are benchmark/results/collapse/: per suspect a folder with the runs.csv and curves.csv of benchmark/table1.py;
-random.csv, summary.md and collapse.png for all of them. To run again what is committed: --results mine.
+Results are benchmark/results/collapse/TASK/: per suspect a folder with the runs.csv and curves.csv of
+benchmark/table1.py; random.csv, summary.md and collapse.png for all of them. To run again what is committed:
+--results mine.
 """
 
 import sys
@@ -29,7 +32,7 @@ from benchmark import Parser, UserError, cli, markdown, plot, positive, read_csv
 from benchmark.table1 import Call, Grid, Table, cell_of
 
 RESULTS = table1.ROOT / "benchmark/results/collapse"
-TASK, OBJECTIVES = "HalfCheetah-v4", ["none", "clip:0.2"]
+OBJECTIVES = ["none", "clip:0.2"]
 
 
 class Suspect(NamedTuple):
@@ -82,6 +85,10 @@ SUSPECTS = {
         (*ADAM, *NORMC, *TERMINAL, *FLOOR),
         ("--value-clip", "0.2"),
     ),
+    "annealing": Suspect(
+        "the step size falls linearly to 0 (baselines d9f194f, a day older than the paper's second version)",
+        flags=("--anneal-lr", "True"),
+    ),
     "step-size": Suspect("the step size is 1e-3, not the 3e-4 of Table 3", flags=("--learning-rate", "0.001")),
     "simulator": Suspect("Gymnasium and its MuJoCo simulate, not EnvPool's", flags=("--env-backend", "gymnasium")),
 }
@@ -114,24 +121,23 @@ def answer(call: Call, mine: list[int], pipe: Connection) -> None:
     table1.answer(call, mine, pipe)
 
 
-def complete(names: list[str], seeds: list[int], settings: list[str], folder: Path, jobs: int) -> None:
+def complete(names: list[str], grid: Grid, settings: list[str], folder: Path, jobs: int) -> None:
     """Run what the CSVs lack. Raises UserError."""
-    grid = Grid([TASK], OBJECTIVES, seeds)
     with table1.alone(folder):
         tables, calls = {name: Table(folder / name) for name in names}, []
         for name, table in tables.items():
             altered(SUSPECTS[name].changes)
             mine = [*settings, *SUSPECTS[name].flags]
             table.check(mine)
-            calls += table1.plan(grid, {*map(cell_of, table.runs)}, mine, f"runs/{folder.name}/{name}")
+            calls += table1.plan(grid, {*map(cell_of, table.runs)}, mine, f"runs/collapse/{folder.name}/{name}")
         table1.measure_random(grid, settings, folder / "random.csv")
         engine = partial(table1.local, jobs=jobs, target=answer)
         table1.run(calls, engine, lambda call: tables[suspect_of(call)])
 
 
-def report(names: list[str], folder: Path) -> None:
+def report(names: list[str], task: str, folder: Path) -> None:
     """Write summary.md and collapse.png from the CSVs. Raises UserError where a suspect has not run."""
-    (untrained,) = table1.random_returns(read_csv(folder / "random.csv"), [TASK], "gaussian")
+    (untrained,) = table1.random_returns(read_csv(folder / "random.csv"), [task], "gaussian")
     table, diffs, panels = [], "", {}
     for name in names:
         runs, suspect = Table(folder / name), SUSPECTS[name]
@@ -154,7 +160,7 @@ def report(names: list[str], folder: Path) -> None:
         diffs += f"`{name}`:\n\n```diff\n{lines}```\n\n" if lines else ""
     draw(folder / "collapse.png", panels, untrained)
     origin = table1.tell_origin([run for name in names for run in Table(folder / name).runs])
-    (folder / "summary.md").write_text(f"""# What makes `none` collapse on {TASK}?
+    (folder / "summary.md").write_text(f"""# {task}, one detail at a time
 
 {markdown(table)}
 The return of the last 100 episodes, seed by seed, and the median KL[old, new] of an update. The untrained Gaussian
@@ -186,20 +192,23 @@ def draw(path: Path, panels: dict[str, plot.Groups], untrained: float) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("What makes L^CPI collapse on HalfCheetah?")
+    parser = Parser("Which detail makes the difference to the paper's Table 1?")
+    parser.add_argument("--task", choices=table1.TASKS, default=table1.TASKS[0], help="on which task")
     parser.add_argument("--suspects", nargs="+", choices=SUSPECTS, default=list(SUSPECTS), help="what to try")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each objective")
     parser.add_argument("--total-timesteps", type=positive, default=1_000_000, help="of every run")
     parser.add_argument("--jobs", type=positive, default=len(table1.CORES), help="suspects at a time")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder, in which each task has its own")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of the runs there are")
     parser.add_argument("flags", nargs="*", help="after --: more flags of ppo_continuous.py for every run")
     args = parser.parse_args(argv)
+    folder = args.results / args.task
     if not args.report:
+        grid = Grid([args.task], OBJECTIVES, sorted({*args.seeds}))
         settings = ["--preset", "paper", "--total-timesteps", str(args.total_timesteps), *args.flags]
-        complete(args.suspects, sorted({*args.seeds}), settings, args.results, args.jobs)
-    report([name for name in SUSPECTS if name in args.suspects], args.results)
-    print(args.results / "summary.md")
+        complete(args.suspects, grid, settings, folder, args.jobs)
+    report([name for name in SUSPECTS if name in args.suspects], args.task, folder)
+    print(folder / "summary.md")
 
 
 if __name__ == "__main__":

@@ -341,6 +341,15 @@ def test_speed_takes_ratios_within_a_round_and_shares_among_agents_and_cores():
     assert theirs["times Stable-Baselines3 PPO"] == "1.00 (1.00 to 1.00)"
 
 
+def test_speed_tells_how_near_the_ceiling_is():
+    suite = speed.SUITES["atari"]
+    speeds = {"ours": (75, 60), "emulators": (300, 300), "network": (100, 100)}
+    rows = [{"contestant": suite.contestants[key].title, "steps_per_second": v} for key, x in speeds.items() for v in x]
+    said = speed.of_ceiling(suite, rows)
+    assert said.endswith("the first row reaches 90% (80% to 100%) of that.")
+    assert "here '8 environments alone, EnvPool' and 'ppo_atari.py without environments'; " in said
+
+
 def test_speed_refuses_what_it_cannot_time(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "RESULTS", tmp_path / "results")
     for flags, complaint in {

@@ -10,6 +10,7 @@ import torch
 import ppo_continuous
 from benchmark import UserError, collapse, read_csv, table1
 
+TASK = "InvertedPendulum-v4"
 SMALL = ["--no-compile", "--num-steps", "64", "--num-minibatches", "2", "--update-epochs", "2"]
 SMALL += ["--eval-episodes", "1", "--checkpoint-every", "16"]
 
@@ -23,11 +24,15 @@ def trained(module: ModuleType, path, *flags: str) -> dict:
         return module.train(args)[0]["learners"]["weights"]
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict:
+    return trained(ppo_continuous, tmp_path_factory.mktemp("plain") / "run")
+
+
 @pytest.mark.parametrize("name", collapse.SUSPECTS)
-def test_every_suspect_changes_what_is_learned(name, tmp_path):
+def test_every_suspect_changes_what_is_learned(name, plain, tmp_path):
     """Except the floor, below which no deviation of Pendulum's observations falls, and Pendulum's only simulator."""
     suspect = collapse.SUSPECTS[name]
-    plain = trained(ppo_continuous, tmp_path / "plain")
     other = trained(collapse.altered(suspect.changes), tmp_path / "other", *suspect.flags)
     same = all(torch.equal(plain[part], other[part]) for part in plain)
     assert same == (name in ("as-it-is", "filter-floor", "simulator"))
@@ -82,17 +87,18 @@ def test_a_change_that_finds_nothing_is_refused():
 
 def test_runs_and_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--suspects", "adam-epsilon", "as-it-is", "--seeds", "1", "--results", "small"]
+    flags = ["--suspects", "adam-epsilon", "as-it-is", "--seeds", "1", "--results", "small", "--task", TASK]
     with pytest.raises(FileNotFoundError):
         collapse.main(["--report", *flags])
     more = ["--total-timesteps", "2048", "--", *SMALL]
     collapse.main([*flags, *more])
-    runs = {name: read_csv(tmp_path / f"small/{name}/runs.csv") for name in ("as-it-is", "adam-epsilon")}
+    runs = {name: read_csv(tmp_path / f"small/{TASK}/{name}/runs.csv") for name in ("as-it-is", "adam-epsilon")}
     for name, rows in runs.items():
         assert [row["objective"] for row in rows] == ["none", "clip:0.2"]
-        assert all(f"--run-dir runs/small/{name}/" in row["command"] for row in rows)
+        assert all(f"--run-dir runs/collapse/{TASK}/{name}/" in row["command"] for row in rows)
     assert runs["as-it-is"][0]["kl_median"] != runs["adam-epsilon"][0]["kl_median"]  # the worker ran the altered text
-    text = (tmp_path / "small/summary.md").read_text()
+    text = (tmp_path / f"small/{TASK}/summary.md").read_text()
+    assert text.startswith(f"# {TASK}, ")
     returns = {name: table1.number(float(rows[0]["last_100_return"])) for name, rows in runs.items()}
     assert f"| `as-it-is` | nothing: --preset paper | {returns['as-it-is']} |" in text
     assert "-.sqrt() + 1e-5)\n+.sqrt() + 1e-8)" in text
