@@ -72,6 +72,8 @@ BLOCKS = {
     "speed-short": speed_short,
     "transcript": result("classic/transcript.md"),
     "details": details,
+    "table1": result("table1/scores.md"),
+    "table1-learning": result("table1/learning.md"),
     "classic": result("classic/summary.md"),
     "mujoco": result("table1-modern/learning.md"),
     "atari": result("atari/summary.md"),
