@@ -416,7 +416,7 @@ def update(agent: Agent, optimizer, batch: Batch, max_length: int, args: Args) -
         history.append(metrics | {"grad_norm": nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)})
         optimizer.step()
     means = {name: torch.stack([metrics[name] for metrics in history]).mean().item() for name in history[0]}
-    few = 8 * args.group_size  # answers: all of them would cost a tenth of the run
+    few = 8 * (len(batch["tokens"]) // len(batch["prompts"]))  # answers; all would cost a tenth of the run
     with torch.no_grad():
         log_probs = score(agent, batch["prompts"][:8], batch["tokens"][:few], args.temperature)
     kl = categorical_kl(batch["log_probs"][:few], log_probs)[batch["mask"][:few]]
