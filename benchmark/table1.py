@@ -717,7 +717,7 @@ def draw_scores(path: Path, objectives: list[str], theirs: np.ndarray, mean: tup
     ax.set(yticks=places, yticklabels=objectives, xlabel="normalised score")
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize="small", frameon=False)
+    ax.legend(fontsize="small", frameon=False, loc="center left")
     figure.savefig(path, dpi=110)
 
 
