@@ -60,12 +60,14 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def merge_csv(path: Path, fresh: list[dict], column: str, order: list[str]) -> None:
-    """Put fresh rows in place of those that agree with one of them in `column`; other rows stay. Sorted by the place of
-    that column's cell in `order`, otherwise as they were."""
-    mine = {row[column] for row in fresh}
-    kept = [row for row in (read_csv(path) if path.exists() else []) if row[column] not in mine]
-    write_csv(path, sorted(kept + fresh, key=lambda row: order.index(row[column])))
+def merge_runs(folder: Path, read: list[tuple[dict, list[dict]]], column: str, order: list[str]) -> None:
+    """Put runs into runs.csv, a row each, and curves.csv, its points, in place of those that agree with one of them in
+    `column`; others stay. Sorted by the place of that column's cell in `order`, otherwise as they were."""
+    mine = {row[column] for row, _ in read}
+    points = [point for _, curve in read for point in curve]
+    for path, fresh in ((folder / "runs.csv", [row for row, _ in read]), (folder / "curves.csv", points)):
+        kept = [row for row in (read_csv(path) if path.exists() else []) if row[column] not in mine]
+        write_csv(path, sorted(kept + fresh, key=lambda row: order.index(row[column])))
 
 
 def check_config(folder: Path, wanted: dict) -> dict:

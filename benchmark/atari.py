@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import Parser, UserError, check_config, cli, machine, markdown, merge_csv, plot, positive, read_csv
+from benchmark import Parser, UserError, check_config, cli, machine, markdown, merge_runs, plot, positive, read_csv
 from benchmark.classic import describe, each, execute, first_step_at_threshold, provenance
 from ppo_atari import Args, parse_args
 
@@ -102,9 +102,7 @@ def run_all(names: list[str], jobs: int) -> None:
         if (ROOT / folder(name) / "config.json").exists():
             read_config(name)  # refuse what could not be reported now, not after hours
     each(complete, names, jobs)
-    rows, curves = zip(*map(read_run, names), strict=True)
-    for file, fresh in (("runs.csv", list(rows)), ("curves.csv", [point for curve in curves for point in curve])):
-        merge_csv(RESULTS / file, fresh, "run", list(TASKS))
+    merge_runs(RESULTS, list(map(read_run, names)), "run", list(TASKS))
 
 
 # ---------------------------------------------------------------------------------------------------------- REPORT

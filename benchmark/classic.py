@@ -33,7 +33,7 @@ from benchmark import (
     cli,
     machine,
     markdown,
-    merge_csv,
+    merge_runs,
     plot,
     positive,
     read_csv,
@@ -186,9 +186,7 @@ def run_all(tasks: list[str], jobs: int) -> None:
     UserError."""
     runs = [(task, seed) for task in tasks for seed in TASKS[task].seeds]
     complete_commands([command(*run) for run in runs], jobs)
-    rows, curves = zip(*(read_run(*run) for run in runs), strict=True)
-    for name, fresh in (("runs.csv", list(rows)), ("curves.csv", [point for curve in curves for point in curve])):
-        merge_csv(RESULTS / name, fresh, "task", list(TASKS))
+    merge_runs(RESULTS, [read_run(*run) for run in runs], "task", list(TASKS))
 
 
 # ---------------------------------------------------------------------------------------------------------- REPORT

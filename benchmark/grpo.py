@@ -36,7 +36,7 @@ from benchmark import (
     cli,
     machine,
     markdown,
-    merge_csv,
+    merge_runs,
     plot,
     positive,
     read_csv,
@@ -223,9 +223,7 @@ def run_all(ablations: list[str], jobs: int) -> None:
         if (ROOT / key.folder() / "config.json").exists():
             read_config(key)  # refuse what could not be reported now, not after hours
     classic.each(complete, keys, jobs)
-    rows, curves = zip(*map(read_run, keys), strict=True)
-    for name, fresh in (("runs.csv", list(rows)), ("curves.csv", [point for curve in curves for point in curve])):
-        merge_csv(RESULTS / name, fresh, "ablation", list(ABLATIONS))
+    merge_runs(RESULTS, list(map(read_run, keys)), "ablation", list(ABLATIONS))
 
 
 # ---------------------------------------------------------------------------------------------------------- REPORT

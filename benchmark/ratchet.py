@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import Parser, UserError, classic, cli, machine, markdown, plot, positive, read_csv, write_csv
+from benchmark import Parser, UserError, classic, cli, machine, markdown, merge_runs, plot, positive, read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs/ratchet")  # below ROOT
@@ -86,9 +86,7 @@ def run_all(jobs: int) -> None:
     """Complete all runs and write runs.csv and curves.csv. Raises UserError."""
     runs = [(name, o, seed) for name, e in EXPERIMENTS.items() for o in e.objectives for seed in e.seeds]
     classic.complete_commands([command(*run) for run in runs], jobs)
-    rows, curves = zip(*(read_run(*run) for run in runs), strict=True)
-    write_csv(RESULTS / "runs.csv", rows)
-    write_csv(RESULTS / "curves.csv", [point for curve in curves for point in curve])
+    merge_runs(RESULTS, [read_run(*run) for run in runs], "experiment", list(EXPERIMENTS))
 
 
 # ---------------------------------------------------------------------------------------------------------- REPORT

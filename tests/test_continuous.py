@@ -355,7 +355,7 @@ def test_a_run_goes_on_and_is_evaluated_where_there_is_no_compiler(tmp_path, mon
 def test_videos_show_every_episode_that_is_counted(tmp_path):
     flags = {"env_id": "Pendulum-v1", "seeds": (1, 2), "total_timesteps": 64, "num_envs": 2, "eval_episodes": 2}
     trained, _ = ppo.train(arguments(**flags, env_backend="gymnasium", run_dir=str(tmp_path / "run")))
-    args = arguments(**flags | {"eval_episodes": 2}, env_backend="gymnasium")
+    args = arguments(**flags, env_backend="gymnasium")
     plain = ppo.evaluate(trained, args, tmp_path)
     for sampled in (False, True):
         args.capture_video, args.sample_actions = True, sampled
