@@ -99,7 +99,7 @@ class Args:
     ratio: Literal["token", "sequence", "sequence-mean"] = "token"
     """of each token (eq. 3); sequence: of the answer, their product (R1); sequence-mean: their geometric mean (GSPO)"""
     loss_agg: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    """grpo: mean in each answer, then over answers (eq. 3); dr_grpo: sum / (answers * longest); dapo: all tokens"""
+    """grpo: mean of each answer, of answers (eq. 3); dr_grpo: sum / (answers * longest possible); dapo: all tokens"""
     clip_low: float = 0.2
     """the ratio is clipped below 1 minus this (epsilon)"""
     clip_high: float = 0.2
@@ -357,7 +357,8 @@ def kl_terms(new: Tensor, old: Tensor, reference: Tensor) -> Batch:
     k1            x                   0, so it is never a loss here
     k2            x^2 / 2             that of KL[policy, reference]
     k3            e^-x + x - 1        that of the forward KL[reference, policy]; a measurement without bias (eq. 4)
-    k3-corrected  pi/pi_old * k3      that of KL[policy, reference], also when the policy moved on (DeepSeek-V3.2)"""
+    k3-corrected  pi/pi_old * k3      that of KL[policy, reference], also when the policy moved on (DeepSeek-V3.2);
+                                      pi/pi_old is the token's with every --ratio (TRL's is as --ratio says)"""
     log_ratio = reference - new
     k3 = log_ratio.exp() - log_ratio - 1
     return {"k1": -log_ratio, "k2": log_ratio.square() / 2, "k3": k3, "k3-corrected": (new - old).exp() * k3}
@@ -856,7 +857,7 @@ def countdown_task(largest: int = 12, highest: int = 40) -> Task:
             if target.denominator == 1 and 0 <= target <= highest:
                 prompts.append([*numbers, str(target)])
     prompts, held_out = split(prompts, key=list)
-    vocab = [END, *"+-*/()", *map(str, range(highest + 1))]
+    vocab = [END, *"+-*/()", *map(str, range(max(largest, highest) + 1))]
     return Task("countdown", vocab, prompts, held_out, 8, verify_countdown, 500_000, 500, random_expression)
 
 
@@ -865,7 +866,8 @@ TASKS = {"sort": sort_task, "countdown": countdown_task}
 
 # --------------------------------------------------------------------------------------------------------- REPORTS
 def group_metrics(rewards: Tensor, lengths: Tensor, ended: Tensor) -> dict:
-    """What a batch of answers looks like, by TRL's names where TRL has one: rewards [P, G], lengths and ended [N]."""
+    """What a batch of answers looks like, by TRL's names where TRL has one: rewards [P, G], lengths and ended [N].
+    reward_std is of all rewards, frac_reward_zero_std of groups, whatever --scale-rewards is."""
 
     def mean(x: Tensor, where: Tensor) -> float | None:
         return x[where].float().mean().item() if where.any() else None

@@ -18,8 +18,8 @@ Mnih et al. (2015); the paper cites the smaller one of Mnih et al. (2016), but i
 
 Under torchrun the actors are split over the ranks, and the sum of the ranks' gradients is that of one process with all
 of the actors; rank 0 writes the run folder (which, on several nodes, --resume must be able to read everywhere; it
-repeats the same bits only with as many ranks as before). Every rank says an error, and torchrun adds a report and ends
-with code 1.
+repeats the same bits only with as many ranks as before). Every rank says what is wrong with the flags; torchrun adds a
+report, ends all ranks as soon as one has failed, and ends with code 1.
 """
 
 import contextlib
@@ -37,7 +37,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -509,7 +508,7 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
     rank, world = join(args.device)
     threads = args.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(1)  # but in updates: bits depend on it, and EnvPool needs the other cores
-    loss_fn = compiled(minibatch_loss) if args.compile else minibatch_loss
+    loss_fn = torch.compile(minibatch_loss, dynamic=True) if args.compile else minibatch_loss
     objective, own = parse_objective(args.objective), args.num_envs // world
     state = {"update": 0, "global_step": 0, "beta": objective.beta, "transitions": [0], "diverged_at": [None]}
     state = saved["state"] if saved else state  # its lists have one entry per agent, and here there is one
@@ -864,12 +863,6 @@ def parse_args(cls: type, argv: list[str]) -> Args:
 
 
 # -------------------------------------------------------------------------------------------------------- COMMANDS
-def compiled(function: Callable) -> Callable:
-    """torch.compile, with the switch that lets it trace torch.autograd.grad; not part of PyTorch's stable interface."""
-    torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, dynamic=True)
-
-
 class Silence(Run):
     """Run on every rank but 0: takes everything and writes nothing."""
 

@@ -34,7 +34,8 @@ class Task(NamedTuple):
     threshold: float | None = None  # what the mean return of 100 consecutive games must reach
 
 
-PRECISION = "--total-timesteps 1000000 --threads 1 --precision"  # one thread: two runs share two cores
+# one thread: two runs share two cores; checkpoints: by itself so short a run has one, at its end
+PRECISION = "--total-timesteps 1000000 --threads 1 --checkpoint-every 250 --precision"
 TASKS = {
     "pong": Task("pong", "--total-timesteps 3000000", 15),
     "bfloat16": Task("precision", f"{PRECISION} bfloat16"),
@@ -139,7 +140,8 @@ def report() -> None:
         plot.draw(RESULTS / f"{group}.png", {mine[0]["env_id"]: lines}, TASKS[mine[0]["run"]].threshold)
     text += f"\n{describe(rows)}; envpool {rows[0]['envpool']}\n\n{markdown(list(map(summarise, rows)))}{NOTE}"
     missing = [name for name in TASKS if name not in {row["run"] for row in rows}]
-    text += f"\nNot here yet: {', '.join(missing)}.\n" if missing else ""
+    missing = "\n".join(f"    python {' '.join(command(name))}" for name in missing)
+    text += f"\nNot run yet:\n\n{missing}\n" if missing else ""
     (RESULTS / "summary.md").write_text(text)
 
 

@@ -90,6 +90,18 @@ def sb3_cartpole(total_timesteps: int, threads: int) -> dict:
     return learned(PPO("MlpPolicy", make_vec_env(args.env_id, args.num_envs), device="cpu", **common(args)), args)
 
 
+def cartpoles(total_timesteps: int, threads: int) -> dict:
+    """The environments of ppo_cartpole.py alone, stepped with random actions: the ceiling."""
+    args = ppo_cartpole.Args()
+    envs, steps = ppo_cartpole.make_envs(args.env_id, args.num_envs), total_timesteps // args.num_envs
+    envs.reset(seed=0)
+    actions = np.random.default_rng(0).integers(0, 2, (steps, args.num_envs))
+    start = time.perf_counter()
+    for action in actions:
+        envs.step(action)
+    return {"steps_per_second": steps * args.num_envs / (time.perf_counter() - start), "first_update_seconds": None}
+
+
 def cheetah(total_timesteps: int) -> tuple:
     """The flags of the modern preset, and HalfCheetah-v4 with the same normalisation, in Stable-Baselines3's way."""
     from stable_baselines3.common.env_util import make_vec_env
@@ -251,8 +263,9 @@ SUITES = {
             "sb3": Contestant("Stable-Baselines3 PPO", sb3_cartpole),
             # not by default: with a thread per core, its speed swings many times over on a machine that does more
             "sb3-default": Contestant("Stable-Baselines3 PPO, its default threads", sb3_cartpole, 0),
+            "environments": Contestant("32 environments alone, Gymnasium", cartpoles, 1),
         },
-        ("ours", "ours-compile", "sb3"),
+        ("ours", "ours-compile", "sb3", "environments"),
         100_000,
         ppo_cartpole.Args().batch_size,
     ),
@@ -372,6 +385,21 @@ def of_ceiling(suite: Suite, rows: list[dict]) -> str:
     )
 
 
+def report(name: str, rows: list[dict]) -> str:
+    """SUITE.md from the rows of SUITE.csv."""
+    suite, seen, rounds = SUITES[name], {row["contestant"] for row in rows}, len({row["round"] for row in rows})
+    note = (
+        f"{suite.note} Medians of {rounds} rounds, ratios within a round (in brackets the smallest and the largest); "
+    )
+    note += "steps/s after the first update, which contains compilation, from an empty cache; memory is the peak."
+    if suite.parts and {suite.contestants[key].title for key in suite.parts} < seen:
+        note += of_ceiling(suite, rows)
+    note += " SBX was not installed." * ("sbx" in suite.default and suite.contestants["sbx"].title not in seen)
+    about = list(rows[0])[list(rows[0]).index("started") :]
+    said = "; ".join(f"{key.replace('_', ' ')} {rows[0][key]}" for key in about)
+    return f"# Speed: {name}\n\n{textwrap.fill(note, 120)}\n\n{said}\n\n{markdown(table(suite, rows))}"
+
+
 def compare(name: str, keys: list[str], rounds: int, total_timesteps: int, threads: int) -> None:
     """Measure, write SUITE.csv and SUITE.md, print the table. Raises UserError."""
     suite = SUITES[name]
@@ -392,15 +420,7 @@ def compare(name: str, keys: list[str], rounds: int, total_timesteps: int, threa
                 rows.append(row | measure(name, key, steps, threads) | about)
                 bar.update()
     write_csv(RESULTS / f"{name}.csv", rows)
-    note = (
-        f"{suite.note} Medians of {rounds} rounds, ratios within a round (in brackets the smallest and the largest); "
-    )
-    note += "steps/s after the first update, which contains compilation, from an empty cache; memory is the peak."
-    note += of_ceiling(suite, rows) if suite.parts and {*suite.parts} < {*keys} else ""
-    note += " SBX was not installed." * ("sbx" in suite.default and not find_spec("sbx"))
-    said = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items())
-    note = f"# Speed: {name}\n\n{textwrap.fill(note, 120)}\n\n{said}\n\n"
-    (RESULTS / f"{name}.md").write_text(note + markdown(table(suite, rows)))
+    (RESULTS / f"{name}.md").write_text(report(name, rows))
     print(markdown(table(suite, rows)), end="")
 
 

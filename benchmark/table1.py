@@ -692,8 +692,11 @@ def draw(path: Path, panels: list[tuple[str, plot.Groups, list[str]]], columns: 
         groups = {o: [curve for curve in seeds if len(curve[0]) > 1] for o, seeds in groups.items()}
         plot.curves(ax, {o: seeds for o, seeds in groups.items() if seeds}, lines)
         ax.set(title=title, xlabel="", ylabel=ylabel if i % columns == 0 else "")
-        if i < columns and ax.lines:
-            ax.legend(fontsize="small", frameon=False)
+        if shared and i < columns and ax.lines:
+            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, fontsize="small", frameon=False)
+    if not shared:
+        handles = {line.get_label(): line for ax in axes.ravel() for line in ax.lines}
+        figure.legend(handles=handles.values(), loc="outside upper center", ncols=4, fontsize="small", frameon=False)
     for row in axes:
         drawn = [(line.get_label(), line.get_ydata()) for ax in row for line in ax.lines]
         others = np.concatenate([[], *(y for label, y in drawn if label != "none")])
@@ -705,19 +708,34 @@ def draw(path: Path, panels: list[tuple[str, plot.Groups, list[str]]], columns: 
 
 
 def draw_scores(path: Path, objectives: list[str], theirs: np.ndarray, mean: tuple, middle: tuple) -> None:
-    """Dots with intervals; mean and middle: estimates [O] and their bootstrap draws [times, O]."""
-    figure = Figure(figsize=(7, 1.2 + 0.36 * len(objectives)), layout="constrained")
-    ax, places = figure.subplots(), np.arange(len(objectives))
+    """Dots with intervals; mean and middle: estimates [O] and their bootstrap draws [times, O]. The axis is cut between
+    `none`, which is far off, and the others."""
+    places, ends, handles = np.arange(len(objectives)), [theirs], {}
+    parts = [places[[(o == "none") == far for o in objectives]] for far in (True, False)]
+    parts = [part for part in parts if len(part)]
+    figure = Figure(figsize=(7, 1.4 + 0.36 * len(objectives)), layout="constrained")
+    axes = figure.subplots(1, len(parts), sharey=True, squeeze=False, width_ratios=[1, 3][-len(parts) :])[0]
     for shift, marker, label, (score, draws) in ((-0.12, "o", "mean", mean), (0.12, "D", "interquartile mean", middle)):
         low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+        ends += [low, high]
         colour = plot.COLOURS[0 if label == "mean" else 2]
-        ax.hlines(places + shift, low, high, colour, linewidth=1.5)
-        ax.plot(score, places + shift, marker, color=colour, markersize=5, label=label)
-    ax.plot(theirs, places, "x", color="black", label="the paper")
-    ax.set(yticks=places, yticklabels=objectives, xlabel="normalised score")
-    ax.invert_yaxis()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize="small", frameon=False, loc="center left")
+        for ax in axes:
+            ax.hlines(places + shift, low, high, colour, linewidth=1.5)
+            (handles[label],) = ax.plot(score, places + shift, marker, color=colour, markersize=5)
+    for ax, part in zip(axes, parts, strict=True):
+        (handles["the paper"],) = ax.plot(theirs, places, "x", color="black")
+        low, high = np.nanmin(np.array(ends)[:, part]), np.nanmax(np.array(ends)[:, part])
+        ax.set_xlim(low - 0.05 * (high - low) - 0.01, high + 0.05 * (high - low) + 0.01)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set(yticks=places, yticklabels=objectives)
+    axes[0].invert_yaxis()
+    for ax in axes[1:]:
+        ax.tick_params(axis="y", left=False)
+        ax.spines["left"].set_linestyle(":")
+    figure.supxlabel("normalised score: 0 is the untrained policy, 1 the best single run", fontsize="medium")
+    figure.legend(
+        handles.values(), handles, loc="outside upper center", ncols=len(handles), fontsize="small", frameon=False
+    )
     figure.savefig(path, dpi=110)
 
 

@@ -174,6 +174,22 @@ def test_reset_rows_change_nothing(norm_adv, objective):
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_the_first_minibatch_has_ratio_1(low):
+    """In either precision, although a rollout looks at 8 screens at a time and a minibatch at 64."""
+    torch.manual_seed(0)
+    actors = ppo.start_actors(Args(env_id="Breakout-v5"), 0, 8)
+    actions = int(actors.envs.action_space.n)
+    agent, noise = Agent(actions, low=low), -torch.empty(16, 8, actions).exponential_().log()
+    rollout, _ = ppo.collect(agent, actors, noise, dict.fromkeys(ppo.CLOCKS, 0.0))
+    rows = torch.randperm(128)[:64]
+    with torch.no_grad():
+        new, _ = agent(rollout["obs"][:-1].flatten(0, 1)[rows])
+    change = new - rollout["log_probs"].flatten(0, 1)[rows]
+    ratio = change.gather(1, rollout["actions"].flatten()[rows].unsqueeze(1)).exp()
+    assert (ratio - 1).abs().max() < 1e-5
+
+
 def test_standardised_advantages_of_a_minibatch_have_mean_0_and_deviation_1():
     x, valid = 3 + 5 * torch.randn(2, 3, 64), (torch.rand(2, 3, 64) > 0.3).float()
     for row, used in zip(ppo.standardise(x, valid).flatten(0, 1), valid.flatten(0, 1) > 0, strict=True):
@@ -327,10 +343,12 @@ optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
 metrics = ppo.update(agent, optimizer, batch, orders[rank], ppo.parse_objective("clip:0.1"), 0.0, args)
 torch.save((metrics, agent.state_dict()), f"{folder}/update{rank}")
 
-flags = "--env-id Breakout-v5 --num-envs 4 --num-steps 8 --num-minibatches 2 --update-epochs 1 --threads 1"
+flags = "--env-id Breakout-v5 --num-envs 4 --num-steps 8 --num-minibatches 2 --update-epochs 3 --threads 1"
 flags += f" --total-timesteps 1600 --eval-episodes 1 --learning-rate 0.001 --target-kl 0.001 --run-dir {folder}/run"
+steps, step = [], ppo.sum_gradients
+ppo.sum_gradients = lambda parameters: step(parameters) or steps.append(1)
 agent, rows = ppo.train(ppo.parse_args(ppo.Args, flags.split()))
-torch.save((rows, agent.state_dict()), f"{folder}/train{rank}")
+torch.save((rows, agent.state_dict(), len(steps)), f"{folder}/train{rank}")
 """
 
 
@@ -372,7 +390,8 @@ def test_the_gradient_of_two_ranks_is_that_of_one_on_the_same_minibatches(ranks)
 
 
 def test_two_ranks_hold_the_same_weights_after_fifty_updates_and_leave_one_folder(ranks):
-    (rows, weights), (silent, others) = ranks.trained
+    (rows, weights, steps), (silent, others, as_many) = ranks.trained
+    assert steps == as_many and 50 * 2 < steps < 50 * 6  # --target-kl stopped some updates, and the same on both
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     assert silent == [] and rows == json.loads((ranks.run / "summary.json").read_text())
     assert rows[0]["total_timesteps"] == 1600 and 1500 < rows[0]["transitions"] < 1600
@@ -547,7 +566,7 @@ def test_a_folder_of_another_script_is_refused(finished, main, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"script": "ppo_cartpole", "args": {}}))
     assert "a run of ppo_cartpole.py, not of ppo_atari.py" in main("--resume", "run").err[0]
-    assert main("--evaluate", "run", "--seed", "2").code == 2
+    assert "--seed cannot stand beside --evaluate" in main("--evaluate", "run", "--seed", "2").err[0]
     assert os.listdir(tmp_path) == ["run"]
 
 
@@ -565,7 +584,7 @@ def test_the_documented_runs_can_be_made_again(monkeypatch, capsys, tmp_path):
     (row,) = read_csv(tmp_path / "results" / "runs.csv")
     assert (row["run"], row["precision"], row["total_timesteps"]) == ("float32", "float32", "1536")
     assert int(row["games"]) > 0 and f"| {float(row['mean_return']):.1f} |" in first["summary.md"].decode()
-    assert b"Not here yet: bfloat16." in first["summary.md"]
+    assert b"Not run yet:\n\n    python ppo_atari.py" in first["summary.md"]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
     atari.main(["--runs", "float32"])  # is left alone
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
@@ -574,7 +593,7 @@ def test_the_documented_runs_can_be_made_again(monkeypatch, capsys, tmp_path):
     shutil.rmtree(tmp_path / "runs" / "float32")
     atari.main(["--runs", "bfloat16"])  # of the other one, what the CSVs have stays
     assert read_csv(tmp_path / "results" / "runs.csv")[0] == row
-    assert b"Not here yet" not in (tmp_path / "results" / "summary.md").read_bytes()
+    assert b"Not run yet" not in (tmp_path / "results" / "summary.md").read_bytes()
     monkeypatch.setitem(tasks, "bfloat16", atari.Task("toy", f"{TINY} --precision bfloat16 --gamma 0.9", 1))
     with pytest.raises(UserError, match=r"gamma 0\.99 instead of 0\.9"):
         atari.main(["--runs", "bfloat16"])

@@ -306,6 +306,7 @@ def test_speed_has_a_row_per_contestant_and_a_ratio(tmp_path, monkeypatch, capsy
         *(("mujoco", key, 4096) for key in ("one-eager", "sb3", "sb3-crowd", "simulator", "simulators")),
         *(("atari", key, 2048) for key in ("ours", "sb3", "emulators", "network")),
         *(("grpo", key, 1024) for key in ("ours", "writing")),
+        ("cartpole", "environments", 2048),
     ],
 )
 def test_speed_measures_every_kind_of_contestant(suite, key, timesteps, monkeypatch, capsys):

@@ -47,6 +47,10 @@ def test_one_over_length_makes_wrong_answers_longer_and_right_ones_shorter(advan
 
 
 # -------------------------------------------------------------------------------------------------------- ablations
+VARIES = {"baseline": {"baseline"}, "mu": {"num_iterations"}, "beta": {"kl_coef"}, "aggregation": {"loss_agg"}}
+VARIES["group-size"] = {"group_size", "num_prompts"}
+
+
 def test_the_flags_of_every_run_are_those_of_the_script_and_differ_within_an_ablation():
     keys = grpo.grid(list(grpo.ABLATIONS))
     assert len(keys) == 5 * (2 + 4 + 5 + 4 + 5 + 3)
@@ -66,7 +70,7 @@ def test_the_flags_of_every_run_are_those_of_the_script_and_differ_within_an_abl
         assert default == vars(grpo_toy.parse_args(grpo_toy.Args, [*ablation.flags.split(), "--seed", "1"]))
         for args in runs:
             differ = {flag for flag, value in vars(args).items() if value != default[flag]}
-            assert differ <= {"baseline", "num_iterations", "kl_coef", "loss_agg"} or name == "group-size"
+            assert differ <= VARIES[name]
 
 
 @pytest.fixture
