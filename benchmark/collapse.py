@@ -135,14 +135,13 @@ def complete(names: list[str], grid: Grid, settings: list[str], folder: Path, jo
         table1.run(calls, engine, lambda call: tables[suspect_of(call)])
 
 
-def report(names: list[str], task: str, folder: Path) -> None:
-    """Write summary.md and collapse.png from the CSVs. Raises UserError where a suspect has not run."""
+def report(task: str, folder: Path) -> None:
+    """Write summary.md and collapse.png from the CSVs of all suspects that have run. Raises OSError where none has."""
     (untrained,) = table1.random_returns(read_csv(folder / "random.csv"), [task], "gaussian")
+    names = [name for name in SUSPECTS if (folder / name / "runs.csv").exists()]
     table, diffs, panels = [], "", {}
     for name in names:
         runs, suspect = Table(folder / name), SUSPECTS[name]
-        if not runs.runs:
-            raise UserError(f"{name} has not run; leave out --report, or name --suspects")
         row = {"suspect": f"`{name}`", "what is different": suspect.what}
         for objective in OBJECTIVES:
             mine = [run for run in runs.runs if run["objective"] == objective]
@@ -185,7 +184,8 @@ def draw(path: Path, panels: dict[str, plot.Groups], untrained: float) -> None:
     for i, (ax, (name, groups)) in enumerate(zip(axes, panels.items(), strict=False)):
         plot.curves(ax, groups, OBJECTIVES, untrained)
         ax.set(title=name, xlabel="", ylabel="return (last 100)" if i % 4 == 0 else "")
-    axes[0].legend(fontsize="small", frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize="small", frameon=False)
     for ax in axes[len(panels) :]:
         ax.remove()
     figure.savefig(path, dpi=90)
@@ -207,7 +207,7 @@ def main(argv: list[str]) -> None:
         grid = Grid([args.task], OBJECTIVES, sorted({*args.seeds}))
         settings = ["--preset", "paper", "--total-timesteps", str(args.total_timesteps), *args.flags]
         complete(args.suspects, grid, settings, folder, args.jobs)
-    report([name for name in SUSPECTS if name in args.suspects], args.task, folder)
+    report(args.task, folder)
     print(folder / "summary.md")
 
 

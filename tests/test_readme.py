@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import Parser, atari, classic, grpo, ratchet, read_csv, readme, speed, table1
+from benchmark import Parser, atari, classic, collapse, grpo, ratchet, read_csv, readme, speed, table1
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark/results"
@@ -96,7 +96,11 @@ def reports() -> dict:
 
         return write
 
-    found = {f"speed/{suite}.md": speed_table(suite) for suite in speed.SUITES}
+    def collapsed(folder: Path) -> None:
+        collapse.main(["--report", "--task", folder.name, "--results", str(folder.parent)])
+
+    found = {f"collapse/{task}/summary.md": collapsed for task in table1.TASKS}
+    found |= {f"speed/{suite}.md": speed_table(suite) for suite in speed.SUITES}
     for tool in (classic, grpo, atari, ratchet):
         found[f"{tool.__name__.rpartition('.')[2]}/summary.md"] = module(tool)
     found |= {"table1/summary.md": of_preset("paper"), "table1-modern/summary.md": of_preset("modern")}
@@ -105,7 +109,7 @@ def reports() -> dict:
 
 @pytest.mark.parametrize("path", reports())
 def test_every_report_is_what_its_csvs_say(path, tmp_path):
-    folder = tmp_path / "results"
+    folder = tmp_path / Path(path).parent.name
     shutil.copytree((RESULTS / path).parent, folder)
     committed = (folder / Path(path).name).read_text()
     reports()[path](folder)
