@@ -135,6 +135,13 @@ def complete(names: list[str], grid: Grid, settings: list[str], folder: Path, jo
         table1.run(calls, engine, lambda call: tables[suspect_of(call)])
 
 
+def lowest(run: dict, curves: list[dict]) -> float:
+    """The lowest return of the second half of a run, from its row of runs.csv and the rows of curves.csv."""
+    mine = [point for point in curves if cell_of(point) == cell_of(run) and point["episodic_return"]]
+    late = [point for point in mine if 2 * int(point["global_step"]) > int(run["total_timesteps"])]
+    return min([float(point["episodic_return"]) for point in late], default=np.nan)
+
+
 def report(task: str, folder: Path) -> None:
     """Write summary.md and collapse.png from the CSVs of all suspects that have run. Raises OSError where none has."""
     (untrained,) = table1.random_returns(read_csv(folder / "random.csv"), [task], "gaussian")
@@ -147,6 +154,7 @@ def report(task: str, folder: Path) -> None:
             mine = [run for run in runs.runs if run["objective"] == objective]
             returns = [float(run["last_100_return"] or "nan") for run in mine]
             row[f"`{objective}`"] = ", ".join(map(table1.number, returns))
+            row[f"lowest, `{objective}`"] = ", ".join(table1.number(lowest(run, runs.curves)) for run in mine)
             row[f"KL, `{objective}`"] = f"{np.median([float(run['kl_median']) for run in mine]):.2g}"
             if objective == "none":
                 row["below untrained"] = f"{sum(ret < untrained for ret in returns)} of {len(returns)}"
@@ -162,8 +170,8 @@ def report(task: str, folder: Path) -> None:
     (folder / "summary.md").write_text(f"""# {task}, one detail at a time
 
 {markdown(table)}
-The return of the last 100 episodes, seed by seed, and the median KL[old, new] of an update. The untrained Gaussian
-policy scores {table1.number(untrained)}.
+The return of the last 100 episodes, seed by seed: at the end, and where it was lowest in the second half of the run;
+and the median KL[old, new] of an update. The untrained Gaussian policy scores {table1.number(untrained)}.
 
 ![Learning curves](collapse.png)
 

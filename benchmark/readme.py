@@ -50,7 +50,7 @@ def result(path: str) -> Callable[[], str]:
 
 def section(path: str, title: str) -> Callable[[], str]:
     """What reads one section of a committed result, without its title and its picture."""
-    text = rf"^## {title}\n(.*?)^!\["
+    text = rf"^##? {title}\n(.*?)^!\["
     return lambda: re.search(text, (ROOT / "benchmark/results" / path).read_text(), re.S | re.M)[1].strip("\n")
 
 
@@ -74,7 +74,12 @@ BLOCKS = {
     "details": details,
     "table1": result("table1/scores.md"),
     "table1-learning": result("table1/learning.md"),
+    "collapse": section(
+        "collapse/InvertedDoublePendulum-v4/summary.md", "InvertedDoublePendulum-v4, one detail at a time"
+    ),
     "classic": result("classic/summary.md"),
+    "ratchet-cartpole": section("ratchet/summary.md", "CartPole-v1"),
+    "ratchet-lunarlander": section("ratchet/summary.md", "LunarLander-v3"),
     "mujoco": result("table1-modern/learning.md"),
     "atari": result("atari/summary.md"),
     "atari-others": lambda: atari_of_others().strip(),
