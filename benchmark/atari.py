@@ -140,8 +140,8 @@ def report() -> None:
         plot.draw(RESULTS / f"{group}.png", {mine[0]["env_id"]: lines}, TASKS[mine[0]["run"]].threshold)
     text += f"\n{describe(rows)}; envpool {rows[0]['envpool']}\n\n{markdown(list(map(summarise, rows)))}{NOTE}"
     missing = [name for name in TASKS if name not in {row["run"] for row in rows}]
-    missing = "\n".join(f"    python {' '.join(command(name))}" for name in missing)
-    text += f"\nNot run yet:\n\n{missing}\n" if missing else ""
+    text += "\nNot run yet:\n\n" if missing else ""
+    text += "".join(f"    python {' '.join(command(name))}\n" for name in missing)
     (RESULTS / "summary.md").write_text(text)
 
 

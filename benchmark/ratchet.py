@@ -117,9 +117,8 @@ def draw(path: Path, points: list[dict]) -> None:
         ax.set_title(label, fontsize="medium")
         ax.set_ylabel("")
     axes[1].set_yscale("log")
-    axes[1].set_ylim(
-        bottom=max(1e-7, axes[1].get_ylim()[0])
-    )  # what is smaller is rounding: log-probabilities are float32
+    floor = 1e-7  # what is smaller is rounding: log-probabilities are float32
+    axes[1].set_ylim(bottom=max(floor, axes[1].get_ylim()[0]))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
 
