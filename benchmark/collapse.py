@@ -90,6 +90,7 @@ SUSPECTS = {
         flags=("--anneal-lr", "True"),
     ),
     "step-size": Suspect("the step size is 1e-3, not the 3e-4 of Table 3", flags=("--learning-rate", "0.001")),
+    "raw-advantages": Suspect("advantages are not standardised; the paper does not say", flags=("--norm-adv", "none")),
     "simulator": Suspect("Gymnasium and its MuJoCo simulate, not EnvPool's", flags=("--env-backend", "gymnasium")),
 }
 
