@@ -71,6 +71,7 @@ ACTING = (
         '        mean, log_std, _ = look(learners["weights"], (acting,))\n' + STORING,
     ),
 )
+RAW = ("--norm-adv", "none")
 SUSPECTS = {
     "as-it-is": Suspect("nothing: --preset paper"),
     "adam-epsilon": Suspect("Adam's epsilon is 1e-8, as in the first public code (baselines da99706)", ADAM),
@@ -90,7 +91,8 @@ SUSPECTS = {
         flags=("--anneal-lr", "True"),
     ),
     "step-size": Suspect("the step size is 1e-3, not the 3e-4 of Table 3", flags=("--learning-rate", "0.001")),
-    "raw-advantages": Suspect("advantages are not standardised; the paper does not say", flags=("--norm-adv", "none")),
+    "raw-advantages": Suspect("advantages are not standardised; the paper does not say", flags=RAW),
+    "raw-time-limit": Suspect("both: advantages as they are, and the time limit is terminal", TERMINAL, RAW),
     "simulator": Suspect("Gymnasium and its MuJoCo simulate, not EnvPool's", flags=("--env-backend", "gymnasium")),
 }
 
