@@ -178,7 +178,8 @@ and the median KL[old, new] of an update. The untrained Gaussian policy scores {
 
 ![Learning curves](collapse.png)
 
-Means over seeds with bootstrap 95% intervals; dashed: the untrained policy.
+Means over seeds with bootstrap 95% intervals; dashed: the untrained policy. A panel that goes below -10,000 is
+logarithmic from there on.
 
 ## What was changed
 
@@ -195,6 +196,8 @@ def draw(path: Path, panels: dict[str, plot.Groups], untrained: float) -> None:
     for i, (ax, (name, groups)) in enumerate(zip(axes, panels.items(), strict=False)):
         plot.curves(ax, groups, OBJECTIVES, untrained)
         ax.set(title=name, xlabel="", ylabel="return (last 100)" if i % 4 == 0 else "")
+        if ax.get_ylim()[0] < -10_000:
+            ax.set_yscale("symlog", linthresh=10_000)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize="small", frameon=False)
     for ax in axes[len(panels) :]:
