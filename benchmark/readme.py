@@ -74,9 +74,10 @@ BLOCKS = {
     "details": details,
     "table1": result("table1/scores.md"),
     "table1-learning": result("table1/learning.md"),
-    "collapse": section(
+    "collapse-pendulum": section(
         "collapse/InvertedDoublePendulum-v4/summary.md", "InvertedDoublePendulum-v4, one detail at a time"
     ),
+    "collapse-cheetah": section("collapse/HalfCheetah-v4/summary.md", "HalfCheetah-v4, one detail at a time"),
     "classic": result("classic/summary.md"),
     "ratchet-cartpole": section("ratchet/summary.md", "CartPole-v1"),
     "ratchet-lunarlander": section("ratchet/summary.md", "LunarLander-v3"),
