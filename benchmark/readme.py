@@ -78,6 +78,7 @@ BLOCKS = {
         "collapse/InvertedDoublePendulum-v4/summary.md", "InvertedDoublePendulum-v4, one detail at a time"
     ),
     "collapse-cheetah": section("collapse/HalfCheetah-v4/summary.md", "HalfCheetah-v4, one detail at a time"),
+    "table1-modern": result("table1-modern/scores.md"),
     "classic": result("classic/summary.md"),
     "ratchet-cartpole": section("ratchet/summary.md", "CartPole-v1"),
     "ratchet-lunarlander": section("ratchet/summary.md", "LunarLander-v3"),
