@@ -726,17 +726,18 @@ class Run:
 
     def provenance(self) -> dict:
         """What config.json holds."""
-        command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        command += ["--exclude=*"]  # the commit itself, not the tag it may have
+        here = Path(__file__).resolve()
+        command = ["git", "-C", str(here.parent), "status", "--porcelain=v2", "--branch", "--", here.name]
         try:
-            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+            said = subprocess.run(command, capture_output=True, text=True).stdout
         except OSError:  # no git on this machine
-            commit = None
+            said = ""
+        commit = re.search(r"^# branch.oid ([0-9a-f]{40,})$", said, re.M)
+        commit = commit and commit[1] + "-dirty" * bool(re.search("^[^#]", said, re.M))  # this script has changes
         used = [name for name in ("torch", "numpy", "gymnasium", "envpool", "tyro") if name in sys.modules]
         versions = {name: version(name) for name in used}
         versions["python"], now = sys.version.split()[0], datetime.datetime.now().isoformat(timespec="seconds")
-        script = Path(__file__).stem
-        return {"script": script, "args": self.config, "versions": versions, "git_commit": commit, "started": now}
+        return {"script": here.stem, "args": self.config, "versions": versions, "git_commit": commit, "started": now}
 
     def mirror(self, project: str) -> list:
         """One Weights & Biases run per agent."""

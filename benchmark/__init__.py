@@ -92,9 +92,15 @@ def markdown(rows: list[dict]) -> str:
 
 
 def git_commit() -> str:
-    """Of this repository, with -dirty where it has changes; empty where there is no git."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    """Of this repository, with -dirty where a .py of it has changes; empty where there is no git."""
+    root = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no", "--", "*.py"]
+    try:
+        said = subprocess.run(git, capture_output=True, text=True).stdout
+    except OSError:  # not even the program
+        said = ""
+    commit = re.search(r"^# branch.oid ([0-9a-f]{40,})$", said, re.M)
+    return commit[1] + "-dirty" * bool(re.search("^[^#]", said, re.M)) if commit else ""
 
 
 def machine() -> dict:

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+import benchmark
 import ppo_cartpole
-from benchmark import UserError, classic, plot, read_csv, speed
+from benchmark import UserError, classic, git_commit, plot, read_csv, speed
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = "--total-timesteps 4096 --num-envs 4 --num-steps 64 --num-minibatches 8 --eval-episodes 1"
@@ -54,6 +56,43 @@ def write_run(folder: Path, agents: list[tuple[int, str]], rows: list[tuple[int,
         for update, (step, ret) in enumerate(rows, 1):
             writer.writerows([update, step, seed, objective, ret] for seed, objective in agents)
     return folder
+
+
+# -------------------------------------------------------------------------------------------------------- VERSIONS
+@pytest.mark.parametrize("which", ["script", "benchmark"])
+def test_the_commit_is_marked_where_code_has_changed_and_not_where_results_have(which, tmp_path, monkeypatch):
+    def commit() -> str | None:
+        if which == "script":
+            return ppo_cartpole.Run.provenance(SimpleNamespace(config={}))["git_commit"]
+        return git_commit() or None
+
+    def git(*argv: str) -> str:
+        who = ["-c", "user.name=me", "-c", "user.email=me@example.org", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", *who, "-C", tmp_path, *argv], check=True, capture_output=True, text=True).stdout
+
+    code, results = tmp_path / "benchmark/code.py", tmp_path / "benchmark/results.csv"
+    code.parent.mkdir()
+    monkeypatch.setattr(ppo_cartpole, "__file__", str(code))
+    monkeypatch.setattr(benchmark, "__file__", str(code))
+    assert commit() is None  # no repository
+    git("init", "-q")
+    code.write_text("1\n")
+    results.write_text("1\n")
+    assert commit() is None  # no commit
+    git("add", ".")
+    git("commit", "-qm", "first")
+    git("tag", "v1")
+    head = git("rev-parse", "HEAD").strip()
+    assert commit() == head
+    results.write_text("2\n")
+    (code.parent / "new.txt").write_text("1\n")
+    assert commit() == head
+    code.write_text("2\n")
+    assert commit() == f"{head}-dirty"
+    git("commit", "-qam", "second")
+    assert commit() == git("rev-parse", "HEAD").strip() != head
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None  # no git
 
 
 # ------------------------------------------------------------------------------------------------------------ PLOT
