@@ -1,14 +1,17 @@
 """Proximal Policy Optimization (PPO) from pixels: the Nature CNN on EnvPool's Atari games.
 
 Schulman, Wolski, Dhariwal, Radford, Klimov (2017), https://arxiv.org/abs/1707.06347, with the settings of Table 5: step
-size and clip range both fall linearly to zero. Read ppo_cartpole.py first; equation and detail numbers mean the same
-here. What is new: pixels, a game that is counted in two ways, and several processes.
+size and clip range both fall linearly to zero. Of what the table leaves open, four things are those of OpenAI
+Baselines' ppo2: orthogonal weights, Adam's epsilon, advantages standardised within a minibatch, and gradients scaled
+down to a norm of 0.5. Read ppo_cartpole.py first; equation and detail numbers mean
+the same here. What is new: pixels, a game that is counted in two ways, and several processes.
 
 Learning sees the protocol of Mnih et al. (2015): an action is held for 4 frames, 4 gray 84 x 84 images are stacked, a
-game starts with up to 30 idle frames, rewards are cut to their sign, a lost life ends an episode. Besides, FIRE is
-pressed after every reset of a game that has it, and a game is truncated after 27,000 steps. What is reported is the
-game that a person would play: raw points over all lives. The network has filters 32-64-64 and 512 units, as in
-Mnih et al. (2015); the paper cites the smaller one of Mnih et al. (2016), but its code and everybody since took this.
+game starts with up to 30 idle frames, rewards are cut to their sign, a lost life ends an episode. Besides, EnvPool
+idles after a lost life as well, presses FIRE at every such start if the game has it, and truncates a game after 27,000
+steps. What is reported is the whole game: raw points over all lives, except those that fall into idle frames. The
+network has filters 32-64-64 and 512 units, as in Mnih et al. (2015); the paper cites the smaller one of Mnih et al.
+(2016), but its code and everybody since took this.
 
     python ppo_atari.py --total-timesteps 3000000              # Pong; an hour or two on two cores
     python ppo_atari.py --env-id Breakout-v5 --device cuda --compile
@@ -16,10 +19,11 @@ Mnih et al. (2015); the paper cites the smaller one of Mnih et al. (2016), but i
     torchrun --nproc-per-node 2 ppo_atari.py --num-envs 16     # data-parallel, 8 environments in each process
     python ppo_atari.py --evaluate RUN_DIR --capture-video
 
-Under torchrun the actors are split over the ranks, and the sum of the ranks' gradients is that of one process with all
-of the actors; rank 0 writes the run folder (which, on several nodes, --resume must be able to read everywhere; it
-repeats the same bits only with as many ranks as before). Every rank says what is wrong with the flags; torchrun adds a
-report, ends all ranks as soon as one has failed, and ends with code 1.
+Under torchrun the actors are split over the ranks, and the sum of the ranks' gradients is that of one process with the
+same minibatches; which rows share a minibatch depends on the number of ranks. Rank 0 writes the run folder (which, on
+several nodes, --resume must be able to read everywhere; it repeats the same bits only with as many ranks as before).
+Every rank says what is wrong with the flags; torchrun adds a report, ends all ranks as soon as one has failed, and ends
+with code 1.
 """
 
 import contextlib
@@ -64,7 +68,8 @@ class Args:
     env_id: str = "Pong-v5"
     """one of EnvPool's Atari games: {Game}-v5"""
     objective: str = "clip:0.1"
-    """clip:EPS (eq. 7), kl:BETA (eq. 8, fixed beta), adaptive:D_TARG (section 4), none (L^CPI, eq. 6) or pg (eq. 2)"""
+    """clip:EPS (eq. 7), kl:BETA (eq. 8, fixed beta), adaptive:D_TARG (section 4), none (L^CPI, eq. 6), or pg (eq. 2; it
+    wants --update-epochs 1 --num-minibatches 1)"""
     seed: int = 1
     """seed of every random stream: initial weights, actions, minibatch order, environments"""
     sticky_actions: float = 0.0
@@ -114,7 +119,8 @@ class Args:
     device: str = "cpu"
     """cpu or cuda; under torchrun, cuda gives each process of a machine its own GPU"""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of the convolutions and the layer after them (float32: TF32 in a GPU's convolutions); auto: bfloat16 if native"""
+    """of the convolutions and the layer after them (float32: TF32 in a GPU's convolutions); auto: bfloat16 if native;
+    under torchrun on nodes that are not alike, name one"""
     compile: bool = False
     """torch.compile the loss, for a GPU; on a CPU it gains nothing, the convolutions being what takes the time"""
     threads: int = 0
@@ -122,7 +128,8 @@ class Args:
     run_dir: str | None = None
     """folder of this run; None makes one under runs/"""
     checkpoint_every: int = 0
-    """updates between checkpoints, which abandon unfinished games; 0: 50 games of 2,560 steps; raise it for longer"""
+    """updates between checkpoints, which is what an interruption can cost; each abandons unfinished games, so raise it
+    for games of more than 2,560 steps, 50 of which make the default (0)"""
     resume: str | None = None
     """continue the run in this folder; no other flag may be given, all come from its config.json"""
     track: bool = False
@@ -469,7 +476,8 @@ def update(agent, optimizer, batch: Batch, orders: Tensor, objective, beta, args
     metrics = {name: torch.stack([step[name] for step in history]).mean() for name in history[0]}
     looked = orders[0] if objective.kl_target is not None else orders[0, :1]
     with torch.no_grad():
-        kls = torch.stack([categorical_kl(batch["log_probs"][rows], agent(batch["obs"][rows])[0]) for rows in looked])
+        seen = [(batch["log_probs"].index_select(0, rows), batch["obs"].index_select(0, rows)) for rows in looked]
+        kls = torch.stack([categorical_kl(old, agent(obs)[0]) for old, obs in seen])
     metrics["kl_after_update"] = (kls * weights[0, : len(kls)]).sum(-1).mean()
     return dict(zip(metrics, total(torch.stack(list(metrics.values()))).tolist(), strict=True))
 
@@ -508,7 +516,7 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
     rank, world = join(args.device)
     threads = args.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(1)  # but in updates: bits depend on it, and EnvPool needs the other cores
-    loss_fn = torch.compile(minibatch_loss, dynamic=True) if args.compile else minibatch_loss
+    loss_fn = torch.compile(minibatch_loss, dynamic=False) if args.compile else minibatch_loss
     objective, own = parse_objective(args.objective), args.num_envs // world
     state = {"update": 0, "global_step": 0, "beta": objective.beta, "transitions": [0], "diverged_at": [None]}
     state = saved["state"] if saved else state  # its lists have one entry per agent, and here there is one
@@ -575,7 +583,10 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, run_path: Path) -> list[list[float]]:
     """Plays E = args.eval_episodes whole games side by side, on seeds that training never used, and gives their
-    returns, in the game's own points, as [1, E]. Greedy actions, or sampled ones with args.sample_actions."""
+    returns, in the game's own points, as [1, E]. Greedy actions, or sampled ones with args.sample_actions. Raises
+    UserError for all but rank 0, to which train leaves it."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        raise UserError("--evaluate is done by one process: start it without torchrun")
     seed, games = 2**30 + stream(args.seed, "evaluation"), args.eval_episodes
     rng, returns, running = torch.Generator().manual_seed(seed), np.zeros(games), np.ones(games, bool)
     actors = start_actors(args, seed, games, **({"render_mode": "rgb_array"} if args.capture_video else {}))

@@ -197,7 +197,11 @@ def draw(path: Path, panels: dict[str, plot.Groups], untrained: float) -> None:
         plot.curves(ax, groups, OBJECTIVES, untrained)
         ax.set(title=name, xlabel="", ylabel="return (last 100)" if i % 4 == 0 else "")
         if ax.get_ylim()[0] < -10_000:
+            low, high = ax.get_ylim()
             ax.set_yscale("symlog", linthresh=10_000)
+            ticks = [tick for tick in (-1_000_000, -100_000, -30_000, -10_000, 0, 10_000) if low < tick < high]
+            ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+            ax.minorticks_off()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize="small", frameon=False)
     for ax in axes[len(panels) :]:

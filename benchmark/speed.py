@@ -235,7 +235,7 @@ class Contestant(NamedTuple):
     measure: Callable[[int, int], dict]  # total_timesteps, torch threads or 0 for the default
     threads: int | None = None  # None takes --threads
     agents: int = 1  # that learn in it at a time, or whose environments these are
-    cores: int = 1  # that it keeps busy
+    cores: int | None = 1  # that it keeps busy; None: as many as it likes
     share: float = 1.0  # of --total-timesteps, per agent: so that each takes about as long
 
 
@@ -262,7 +262,7 @@ SUITES = {
             "ours-compile": Contestant("ppo_cartpole.py --compile", partial(ours, ppo_cartpole, compile=True), 1),
             "sb3": Contestant("Stable-Baselines3 PPO", sb3_cartpole),
             # not by default: with a thread per core, its speed swings many times over on a machine that does more
-            "sb3-default": Contestant("Stable-Baselines3 PPO, its default threads", sb3_cartpole, 0),
+            "sb3-default": Contestant("Stable-Baselines3 PPO, its default threads", sb3_cartpole, 0, cores=None),
             "environments": Contestant("32 environments alone, Gymnasium", cartpoles, 1),
         },
         ("ours", "ours-compile", "sb3", "environments"),
@@ -288,7 +288,7 @@ SUITES = {
             "sb3-crowd": Contestant(
                 "Stable-Baselines3 PPO, a process per core", partial(crowd, "mujoco", "sb3"), 1, CORES, CORES
             ),
-            "sbx": Contestant("SBX PPO (JAX)", sbx_mujoco),
+            "sbx": Contestant("SBX PPO (JAX)", sbx_mujoco, cores=None),
             "simulator": Contestant("the environment alone, Gymnasium", partial(simulators, 1), 1),
             "simulators": Contestant("33 environments alone, EnvPool", partial(simulators, 33), 1, 33, CORES, 1 / 4),
         },
@@ -364,7 +364,8 @@ def table(suite: Suite, rows: list[dict]) -> list[dict]:
             shown = "" if ratios is None else f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
             speed, memory = np.median(speeds[title]), np.median([row["memory_gb"] for row in measured[title]])
             line = {"contestant": title, "torch threads": measured[title][0]["threads"], "steps/s": f"{speed:,.0f}"}
-            line |= {"per agent": f"{speed / contestant.agents:,.0f}", "per core": f"{speed / contestant.cores:,.0f}"}
+            line |= {"per agent": f"{speed / contestant.agents:,.0f}"}
+            line |= {"per core": f"{speed / contestant.cores:,.0f}" if contestant.cores else ""}
             line |= {f"times {peer}": shown, "first update, s": f"{np.median(first):.1f}" if first else ""}
             lines.append(line | {"memory, GB": f"{memory:.1f}"})
     return lines

@@ -21,6 +21,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -629,7 +630,7 @@ def tell_learning(folder: Path, have: dict, grid: Grid, curves: dict) -> str:
     """clip:0.2 seed by seed beside the figures of others; draws learning.png, writes the table as learning.md too."""
     figure = json.loads((FIGURES / "figure3_mujoco_curves.json").read_text())
     cleanrl = {(row["env_id"], row["total_timesteps"]): row for row in read_csv(FIGURES / "cleanrl.csv")}
-    table, panels, lines = [], [], ["ours", "the paper, -v1"]
+    table, panels, lines = [], [], ["clip:0.2, ours", "clip:0.2, the paper, -v1"]
     for task in grid.tasks:
         runs = [have.get((task, "clip:0.2", seed)) for seed in grid.seeds]
         values = [float(run["last_100_return"] or "nan") if run else None for run in runs]
@@ -642,8 +643,8 @@ def tell_learning(folder: Path, have: dict, grid: Grid, curves: dict) -> str:
             row[f"CleanRL, {steps[0]}M steps"] = " ± ".join(said)
         points = figure.get(task.replace("-v4", "-v1"), {}).get("PPO(Clip)", {}).get("line")
         table.append(row | {"the paper, Figure 3": number(points[-1][1]) if points else ""})
-        groups = {"ours": curves[task]["clip:0.2"]} if "clip:0.2" in curves.get(task, {}) else {}
-        panels.append((task, groups | ({"the paper, -v1": [tuple(np.array(points).T)]} if points else {}), lines))
+        drawn = curves.get(task, {}).get("clip:0.2"), [tuple(np.array(points).T)] if points else None
+        panels.append((task, {line: seeds for line, seeds in zip(lines, drawn, strict=True) if seeds}, lines))
     draw(folder / "learning.png", panels, 4, "return (last 100)")
     (folder / "learning.md").write_text(markdown(table))
     return f"""## `clip:0.2`, seed by seed
@@ -729,9 +730,11 @@ def draw_scores(path: Path, objectives: list[str], theirs: np.ndarray, mean: tup
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set(yticks=places, yticklabels=objectives)
     axes[0].invert_yaxis()
-    for ax in axes[1:]:
-        ax.tick_params(axis="y", left=False)
-        ax.spines["left"].set_linestyle(":")
+    for left, right in itertools.pairwise(axes):
+        right.tick_params(axis="y", left=False)
+        right.spines["left"].set_visible(False)
+        for ax, end in ((left, 1), (right, 0)):  # two strokes across the axis, where it is cut
+            ax.plot(end, 0, marker=[(-1, -2), (1, 2)], color="black", transform=ax.transAxes, clip_on=False)
     figure.supxlabel("normalised score: 0 is the untrained policy, 1 the best single run", fontsize="medium")
     figure.legend(
         handles.values(), handles, loc="outside upper center", ncols=len(handles), fontsize="small", frameon=False

@@ -176,11 +176,13 @@ def test_reset_rows_change_nothing(norm_adv, objective):
 
 @pytest.mark.parametrize("low", [False, True])
 def test_the_first_minibatch_has_ratio_1(low):
-    """In either precision, although a rollout looks at 8 screens at a time and a minibatch at 64."""
+    """In either precision, although a rollout looks at 8 screens at a time and a minibatch at 64; and for a policy that
+    has long left the uniform one it starts from, which would hide differences."""
     torch.manual_seed(0)
     actors = ppo.start_actors(Args(env_id="Breakout-v5"), 0, 8)
     actions = int(actors.envs.action_space.n)
     agent, noise = Agent(actions, low=low), -torch.empty(16, 8, actions).exponential_().log()
+    agent.actor.weight.data *= 3000
     rollout, _ = ppo.collect(agent, actors, noise, dict.fromkeys(ppo.CLOCKS, 0.0))
     rows = torch.randperm(128)[:64]
     with torch.no_grad():
@@ -188,6 +190,7 @@ def test_the_first_minibatch_has_ratio_1(low):
     change = new - rollout["log_probs"].flatten(0, 1)[rows]
     ratio = change.gather(1, rollout["actions"].flatten()[rows].unsqueeze(1)).exp()
     assert (ratio - 1).abs().max() < 1e-5
+    assert new.exp().max() > 0.75
 
 
 def test_standardised_advantages_of_a_minibatch_have_mean_0_and_deviation_1():
@@ -508,6 +511,23 @@ def test_evaluation_is_repeatable_and_captures_the_screen(finished, main, tmp_pa
     assert all(video.read_bytes()[4:8] == b"ftyp" and video.stat().st_size > 3000 for video in videos)
 
 
+def test_a_compiled_run_learns_the_same_from_one_program(finished, main, monkeypatch, tmp_path):
+    """Traced as for any device, but run eagerly: neither annealing nor another update asks for another program."""
+    programs, real = [], torch.compile
+
+    def keep(program, inputs):
+        programs.append([x for x in inputs if not isinstance(x, torch.Tensor)])
+        return program.forward
+
+    monkeypatch.setattr(torch, "compile", partial(real, backend=keep))
+    assert main(*TINY.split(), "--run-dir", "run", "--compile").code == 0
+    assert programs == [[]]  # no size is an input: of convolutions of an unknown size, Inductor makes slower ones
+    ours, theirs = csv_rows(tmp_path / "run" / "metrics.csv"), csv_rows(finished / "metrics.csv")
+    for row in (*ours, *theirs):
+        del row["charts/SPS"]
+    assert ours == theirs
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 FLAGS = {
     "--env-id Breakot-v5": "'Breakot-v5' is none of EnvPool's Atari games, such as Pong-v5; did you mean Breakout-v5?",
@@ -559,6 +579,14 @@ def test_ranks_that_do_not_suit_are_told_before_they_meet(flags, said, main, mon
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, out, err = main(*flags.split())
     assert (code, out, len(err)) == (2, [], 1) and said in err[0] and list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_under_torchrun_is_refused(finished, main, monkeypatch, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setenv("RANK", "1")
+    code, out, err = main("--evaluate", "run")
+    assert (code, out) == (2, []) and err == ["error: --evaluate is done by one process: start it without torchrun"]
+    assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
 def test_a_folder_of_another_script_is_refused(finished, main, tmp_path):
