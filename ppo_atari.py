@@ -476,8 +476,7 @@ def update(agent, optimizer, batch: Batch, orders: Tensor, objective, beta, args
     metrics = {name: torch.stack([step[name] for step in history]).mean() for name in history[0]}
     looked = orders[0] if objective.kl_target is not None else orders[0, :1]
     with torch.no_grad():
-        seen = [(batch["log_probs"].index_select(0, rows), batch["obs"].index_select(0, rows)) for rows in looked]
-        kls = torch.stack([categorical_kl(old, agent(obs)[0]) for old, obs in seen])
+        kls = torch.stack([categorical_kl(batch["log_probs"][rows], agent(batch["obs"][rows])[0]) for rows in looked])
     metrics["kl_after_update"] = (kls * weights[0, : len(kls)]).sum(-1).mean()
     return dict(zip(metrics, total(torch.stack(list(metrics.values()))).tolist(), strict=True))
 
@@ -583,10 +582,7 @@ def train(args: Args) -> tuple[Agent, list[dict]]:
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, run_path: Path) -> list[list[float]]:
     """Plays E = args.eval_episodes whole games side by side, on seeds that training never used, and gives their
-    returns, in the game's own points, as [1, E]. Greedy actions, or sampled ones with args.sample_actions. Raises
-    UserError for all but rank 0, to which train leaves it."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        raise UserError("--evaluate is done by one process: start it without torchrun")
+    returns, in the game's own points, as [1, E]. Greedy actions, or sampled ones with args.sample_actions."""
     seed, games = 2**30 + stream(args.seed, "evaluation"), args.eval_episodes
     rng, returns, running = torch.Generator().manual_seed(seed), np.zeros(games), np.ones(games, bool)
     actors = start_actors(args, seed, games, **({"render_mode": "rgb_array"} if args.capture_video else {}))
@@ -906,7 +902,10 @@ def cores() -> int:
 
 
 def load_agent(run_dir: str) -> tuple["Agent", Args]:
-    """The trained agent of a run folder, on the CPU, and its flags. Raises UserError where there is no checkpoint."""
+    """The trained agent of a run folder, on the CPU, and its flags. Raises UserError where there is no checkpoint, and
+    in all processes of torchrun but the first."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        raise UserError("an agent is evaluated by one process: start it without torchrun")
     torch.set_num_threads(1)  # as in train()
     args, saved = load_run(Args, run_dir)
     if saved is None:

@@ -107,7 +107,7 @@ class Args:
     device: str = "cpu"
     """cpu or cuda; networks this small are faster on the CPU"""
     compile: bool = False
-    """torch.compile the gradient: half the time for each, after some ten seconds of compiling; needs a C++ compiler"""
+    """torch.compile the gradient: half the time for each, after twenty seconds of compiling; needs a C++ compiler"""
     run_dir: str | None = None
     """folder of this run; None makes one under runs/"""
     checkpoint_every: int = 0

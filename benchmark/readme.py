@@ -68,7 +68,40 @@ def atari_of_others() -> str:
     return markdown([{k: row[k] for k in row if k != "where"} for row in read_csv(ROOT / "benchmark/paper/atari.csv")])
 
 
+RERUN = {  # folder of results -> what it holds, the command for all of it
+    "table1": ("[Table 1](#the-papers-table-1)", "table1.py --results mine/table1"),
+    "table1-modern": (
+        "[Table 1 with today's details](#with-todays-details)",
+        "table1.py --preset modern --results mine/modern",
+    ),
+    "collapse/HalfCheetah-v4": (
+        "[HalfCheetah's collapse](#what-makes-halfcheetah-collapse)",
+        "collapse.py --results mine/collapse",
+    ),
+    "collapse/InvertedDoublePendulum-v4": (
+        "[the double pendulum's fall](#why-the-double-pendulum-falls)",
+        "collapse.py --task InvertedDoublePendulum-v4 --results mine/collapse",
+    ),
+    "ratchet": ("[with the clip and without it](#with-the-clip-and-without-it-ppo_cartpolepy)", "ratchet.py"),
+    "classic": ("[CartPole, Acrobot, LunarLander](#cartpole-acrobot-lunarlander-ppo_cartpolepy)", "classic.py"),
+    "atari": ("[Pong](#atari-ppo_ataripy)", "atari.py"),
+    "grpo": ("[GRPO](#grpo-grpo_toypy)", "grpo.py"),
+}
+
+
+def rerun() -> str:
+    """What makes each committed result again, and for how many hours its runs ran."""
+    rows = []
+    for folder, (what, command) in RERUN.items():
+        summary, runs = (ROOT / "benchmark/results" / folder / name for name in ("summary.md", "runs.csv"))
+        told = re.search(r"trained for ([\d.]+) hours in all", summary.read_text())  # of runs that share a process
+        hours = float(told[1]) if told else sum(float(run["wall_seconds"]) for run in read_csv(runs)) / 3600
+        rows.append({"what": what, "command": f"`python benchmark/{command}`", "hours": f"{hours:.1f}"})
+    return markdown(rows).strip()
+
+
 BLOCKS = {
+    "rerun": rerun,
     "speed-short": speed_short,
     "transcript": result("classic/transcript.md"),
     "details": details,

@@ -585,7 +585,7 @@ def test_evaluation_under_torchrun_is_refused(finished, main, monkeypatch, tmp_p
     shutil.copytree(finished, tmp_path / "run")
     monkeypatch.setenv("RANK", "1")
     code, out, err = main("--evaluate", "run")
-    assert (code, out) == (2, []) and err == ["error: --evaluate is done by one process: start it without torchrun"]
+    assert (code, out) == (2, []) and err == ["error: an agent is evaluated by one process: start it without torchrun"]
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 

@@ -60,14 +60,15 @@ def test_every_quoted_command_of_a_tool_parses(command, monkeypatch):
         module.main(words)
 
 
-def test_the_python_snippet_uses_what_there_is():
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    tree = ast.parse(snippet)
-    imported, called = tree.body[0], tree.body[1].value
-    script = importlib.import_module(imported.module)
-    assert all(hasattr(script, alias.name) for alias in imported.names) and called.func.id == "train"
-    (args,) = called.args
-    script.Args(**{flag.arg: ast.literal_eval(flag.value) for flag in args.keywords}).check()
+def test_the_python_snippets_use_what_there_is():
+    for snippet, function in zip(
+        re.findall(r"```python\n(.*?)```", README, re.S), ("train", "load_agent"), strict=True
+    ):
+        imported, assigned = ast.parse(snippet).body
+        script = importlib.import_module(imported.module)
+        assert all(hasattr(script, alias.name) for alias in imported.names) and assigned.value.func.id == function
+        (args,) = assigned.value.args
+        script.Args(**{flag.arg: ast.literal_eval(flag.value) for flag in getattr(args, "keywords", ())}).check()
 
 
 def reports() -> dict:
@@ -114,6 +115,13 @@ def test_every_report_is_what_its_csvs_say(path, tmp_path):
     committed = (folder / Path(path).name).read_text()
     reports()[path](folder)
     assert (folder / Path(path).name).read_text() == committed
+
+
+@pytest.mark.parametrize("anchor", sorted(set(re.findall(r"\]\(#([^)]+)\)", README))))
+def test_every_linked_section_exists(anchor):
+    titles = re.findall(r"^#+ (.*)", README, re.M)
+    headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub names them
+    assert anchor in headings or f'<a id="{anchor}">' in README
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", README))))
