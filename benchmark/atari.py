@@ -3,7 +3,7 @@
     python benchmark/atari.py                       # all runs, one after another, then the report: hours
     python benchmark/atari.py --runs pong           # Pong for 3M steps with all other flags at their defaults
     python benchmark/atari.py --runs pong-float32   # the same without bfloat16
-    python benchmark/atari.py --runs bfloat16 float32 --jobs 2    # 1M steps in either precision, side by side
+    python benchmark/atari.py --runs bfloat16       # 1M steps, too few for schedules that end with the run
     python benchmark/atari.py --report              # the report alone, from the CSVs
 
 Runs live in runs/atari/. One that was interrupted goes on at its last checkpoint, a finished one is left alone, so the
@@ -35,13 +35,10 @@ class Task(NamedTuple):
     threshold: float | None = None  # what the mean return of 100 consecutive games must reach
 
 
-# one thread: two runs share two cores; checkpoints: by itself so short a run has one, at its end
-PRECISION = "--total-timesteps 1000000 --threads 1 --checkpoint-every 250 --precision"
 TASKS = {
     "pong": Task("pong", "--total-timesteps 3000000", 15),
     "pong-float32": Task("pong", "--total-timesteps 3000000 --precision float32", 15),
-    "bfloat16": Task("precision", f"{PRECISION} bfloat16"),
-    "float32": Task("precision", f"{PRECISION} float32"),
+    "bfloat16": Task("short", "--total-timesteps 1000000 --threads 1 --checkpoint-every 250 --precision bfloat16"),
 }
 
 
