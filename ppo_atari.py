@@ -22,8 +22,8 @@ network has filters 32-64-64 and 512 units, as in Mnih et al. (2015); the paper 
 Under torchrun the actors are split over the ranks, and the sum of the ranks' gradients is that of one process with the
 same minibatches; which rows share a minibatch depends on the number of ranks. Rank 0 writes the run folder (which, on
 several nodes, --resume must be able to read everywhere; it repeats the same bits only with as many ranks as before).
-Every rank says what is wrong with the flags; torchrun adds a report, ends all ranks as soon as one has failed, and ends
-with code 1.
+Nodes that are not alike need --precision, which each would else choose for itself. Every rank says what is wrong with
+the flags; torchrun adds a report, ends all ranks as soon as one has failed, and ends with code 1.
 """
 
 import contextlib
@@ -68,8 +68,7 @@ class Args:
     env_id: str = "Pong-v5"
     """one of EnvPool's Atari games: {Game}-v5"""
     objective: str = "clip:0.1"
-    """clip:EPS (eq. 7), kl:BETA (eq. 8, fixed beta), adaptive:D_TARG (section 4), none (L^CPI, eq. 6), or pg (eq. 2; it
-    wants --update-epochs 1 --num-minibatches 1)"""
+    """clip:EPS (eq. 7), kl:BETA (eq. 8), adaptive:D_TARG (section 4), none (eq. 6), pg (eq. 2: 1 epoch, 1 minibatch)"""
     seed: int = 1
     """seed of every random stream: initial weights, actions, minibatch order, environments"""
     sticky_actions: float = 0.0
@@ -119,8 +118,7 @@ class Args:
     device: str = "cpu"
     """cpu or cuda; under torchrun, cuda gives each process of a machine its own GPU"""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of the convolutions and the layer after them (float32: TF32 in a GPU's convolutions); auto: bfloat16 if native;
-    under torchrun on nodes that are not alike, name one"""
+    """of the convolutions and the layer after them (float32: TF32 in a GPU's convolutions); auto: bfloat16 if native"""
     compile: bool = False
     """torch.compile the loss, for a GPU; on a CPU it gains nothing, the convolutions being what takes the time"""
     threads: int = 0
@@ -128,8 +126,7 @@ class Args:
     run_dir: str | None = None
     """folder of this run; None makes one under runs/"""
     checkpoint_every: int = 0
-    """updates between checkpoints, which is what an interruption can cost; each abandons unfinished games, so raise it
-    for games of more than 2,560 steps, 50 of which make the default (0)"""
+    """updates between checkpoints, which abandon unfinished games; 0: 50 games of 2,560 steps; raise it for longer"""
     resume: str | None = None
     """continue the run in this folder; no other flag may be given, all come from its config.json"""
     track: bool = False

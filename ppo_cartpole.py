@@ -62,8 +62,7 @@ class Args:
     env_id: str = "CartPole-v1"
     """Gymnasium id (Discrete actions, one-dimensional Box observations); module:Name-v0 imports module first"""
     objective: str = "clip:0.2"
-    """clip:EPS (eq. 7), kl:BETA (eq. 8, fixed beta), adaptive:D_TARG (section 4), none (L^CPI, eq. 6), or pg (eq. 2; it
-    wants --update-epochs 1 --num-minibatches 1)"""
+    """clip:EPS (eq. 7), kl:BETA (eq. 8), adaptive:D_TARG (section 4), none (eq. 6), pg (eq. 2: 1 epoch, 1 minibatch)"""
     seed: int = 1
     """seed of every random stream: initial weights, actions, minibatch order, environments"""
 

@@ -74,8 +74,7 @@ class Args:
     env_id: str = "HalfCheetah-v4"
     """environment id (one-dimensional Box actions and observations); module:Name-v0 imports module first"""
     objectives: tuple[str, ...] = ("clip:0.2",)
-    """any of clip:EPS (eq. 7), kl:BETA (eq. 8), adaptive:D_TARG (section 4), none (L^CPI, eq. 6), pg (eq. 2; it
-    wants --update-epochs 1 --num-minibatches 1)"""
+    """clip:EPS (eq. 7), kl:BETA (eq. 8), adaptive:D_TARG (section 4), none (eq. 6), pg (eq. 2: 1 epoch, 1 minibatch)"""
     seeds: tuple[int, ...] = (1,)
     """one agent for every pair of seed and objective; a seed fixes weights, noise, minibatch order, environments"""
     preset: Literal["modern", "paper"] = "modern"
