@@ -196,8 +196,8 @@ def draw(path: Path, panels: dict[str, plot.Groups], untrained: float) -> None:
     for i, (ax, (name, groups)) in enumerate(zip(axes, panels.items(), strict=False)):
         plot.curves(ax, groups, OBJECTIVES, untrained)
         ax.set(title=name, xlabel="", ylabel="return (last 100)" if i % 4 == 0 else "")
-        if ax.get_ylim()[0] < -10_000:
-            low, high = ax.get_ylim()
+        low, high = ax.get_ylim()
+        if low < -10_000:
             ax.set_yscale("symlog", linthresh=10_000)
             ticks = [tick for tick in (-1_000_000, -100_000, -30_000, -10_000, 0, 10_000) if low < tick < high]
             ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])

@@ -61,9 +61,8 @@ def test_every_quoted_command_of_a_tool_parses(command, monkeypatch):
 
 
 def test_the_python_snippets_use_what_there_is():
-    for snippet, function in zip(
-        re.findall(r"```python\n(.*?)```", README, re.S), ("train", "load_agent"), strict=True
-    ):
+    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    for snippet, function in zip(snippets, ("train", "load_agent"), strict=True):
         imported, assigned = ast.parse(snippet).body
         script = importlib.import_module(imported.module)
         assert all(hasattr(script, alias.name) for alias in imported.names) and assigned.value.func.id == function
