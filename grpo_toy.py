@@ -1,43 +1,51 @@
-"""Group Relative Policy Optimization (GRPO) from nothing to a solved task, in a minute or two on a laptop's CPU.
+"""Group Relative Policy Optimization (GRPO), from random weights to a solved task, in one file.
 
-Shao et al. (2024), "DeepSeekMath", https://arxiv.org/abs/2402.03300, made known by DeepSeek-R1 (2025),
-https://arxiv.org/abs/2501.12948. A policy that writes text is asked a question q, writes a group of G answers o_1 ...
-o_G, and a program verifies each of them. What the group got on average is the baseline, so there is no critic:
+Shao et al. (2024), "DeepSeekMath", https://arxiv.org/abs/2402.03300, made known by DeepSeek-R1
+(2025), https://arxiv.org/abs/2501.12948. Equation numbers are those of DeepSeekMath.
 
-    advantage    A_i = (R_i - mean(R_1 ... R_G)) / std(R_1 ... R_G), R_i the reward of o_i
-    objective    1/G sum_i 1/|o_i| sum_t { min[ r_it A_i, clip(r_it, 1-eps, 1+eps) A_i ] - beta KL[pi, pi_ref] } (eq. 3)
-    ratio        r_it = pi(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t), pi_old: which wrote the answers
-    KL           pi_ref/pi - log pi_ref/pi - 1, at every token; pi_ref: the policy before RL                    (eq. 4)
+A policy that writes text is asked a question q. It writes a group of G answers o_1 ... o_G, and a
+program verifies each of them. The mean reward of the group is the baseline, so no critic is needed:
 
-Everything is here: tasks with held-out questions and a verifier, a transformer of about 100,000 parameters, sampling
-with a key-value cache, the loss, the loop. No pretrained weights, no downloads. Equations are those of DeepSeekMath.
+    advantage   A_i = (R_i - mean(R_1 ... R_G)) / std(R_1 ... R_G), where R_i is the reward of o_i
+    eq. 3       E[ 1/G sum_i 1/|o_i| sum_t ( min(r A_i, clip(r, 1-eps, 1+eps) A_i) - beta KL ) ]
+    ratio       r = pi(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t), where pi_old wrote the answers
+    eq. 4       KL = pi_ref/pi - log(pi_ref/pi) - 1 at every token; pi_ref: the policy before RL
 
-    python grpo_toy.py                     # sort digits: from chance to over 95% of unseen questions
-    python grpo_toy.py --task countdown    # reach a target with three numbers: a short warm-up, then five minutes of RL
+Everything is here: two tasks with held-out questions, a transformer of about 100,000 parameters,
+sampling with a key-value cache, the loss, the loop. No pretrained weights, no downloads.
+
+    python grpo_toy.py                     # sort digits; one to two minutes
+    python grpo_toy.py --task countdown    # reach a target with three numbers; some five minutes
     python grpo_toy.py --evaluate RUN_DIR
 
-The default is DeepSeekMath's eq. 3 with mu = 2 gradient steps per batch: the form that the name stands for, and with
-the second step the ratio leaves 1, so that clipping is not idle. The KL penalty is a little stronger than the paper's
-(beta = 0.07 instead of 0.04), which keeps the answers of so small a model diverse. The published relatives are flags:
+On questions that were never trained on, expect 99% right answers in sort (0% before training) and
+54% in countdown (7% after a short supervised warm-up, which teaches what an expression is).
 
-    R1 (2025), as printed, the ratio of a whole answer      --ratio sequence
-    Dr. GRPO (Liu et al. 2025), no 1/|o|, no std            --loss-agg dr_grpo --scale-rewards none --kl-coef 0
-    DAPO (Yu et al. 2025), clip-higher, mean over tokens    --loss-agg dapo --clip-high 0.28 --kl-coef 0
-    GSPO (Zheng et al. 2025), geometric mean of the ratios  --ratio sequence-mean --clip-low 3e-4 --clip-high 4e-4
-                                                            --kl-coef 0
-    RLOO (Ahmadian et al. 2024), the others as baseline     --baseline leave-one-out --scale-rewards none
-                                                            --ratio sequence --num-iterations 1 --kl-coef 0
+These defaults are ours and not the papers'. DeepSeekMath has beta = 0.04, G = 64 and one gradient
+step per batch (mu = 1). Here beta is 0.07, which keeps the answers of so small a model diverse. G
+is 8. mu is 2: in the first step every ratio is 1, and only later steps can be clipped. The step
+size, the weight decay of 0.5, the tasks and the size of the network are ours too.
 
-Left out are DAPO's dynamic sampling and overlong penalty, RLOO's KL as a part of the reward, and R1's KL of whole
-answers: it is one per token here. DAPO's mean is over the tokens of the batch here, in its paper over a group's.
-Names of metrics are TRL's where TRL has one. A "step" of this script is one sampled answer. The run folder under runs/
-holds config.json, metrics.csv, episodes.csv (a row per answer, group after group: its reward, its length in tokens),
-checkpoint.pt and summary.json.
+The published relatives are flags:
+
+    R1, as printed               --ratio sequence
+    Dr. GRPO (Liu et al. 2025)   --loss-agg dr_grpo --scale-rewards none --kl-coef 0
+    DAPO (Yu et al. 2025)        --loss-agg dapo --clip-high 0.28 --kl-coef 0
+    GSPO (Zheng et al. 2025)     --ratio sequence-mean --clip-low 3e-4 --clip-high 4e-4 --kl-coef 0
+    RLOO (Ahmadian et al. 2024)  --baseline leave-one-out --scale-rewards none --ratio sequence
+                                 --num-iterations 1 --kl-coef 0
+
+Not here: DAPO's dynamic sampling and its penalty on long answers, RLOO's KL as part of the reward,
+and R1's KL of a whole answer (here it is one per token). DAPO's paper averages over the tokens of
+a group; here the average is over the tokens of the batch.
+
+Metrics have TRL's names where TRL has one. A "step" is one sampled answer. A run leaves
+config.json, metrics.csv, episodes.csv (a row per answer: its reward, its length in tokens),
+checkpoint.pt and summary.json in a folder under runs/.
 """
 
 import contextlib
 import csv
-import datetime
 import gc
 import hashlib
 import io
@@ -47,7 +55,6 @@ import operator
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -64,86 +71,47 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Batch = dict[str, Tensor]
-
 
 @dataclass
 class Args:
-    """GRPO (Shao et al. 2024) and its variants on a task with a verifier."""
+    """GRPO (Shao et al. 2024) and its variants, on a task with a verifier."""
 
-    # What is learned
-    task: str = "sort"
-    """sort (digits) or countdown (an expression of three numbers that equals a target)"""
-    seed: int = 1
-    """seed of every random stream: initial weights, warm-up, questions, answers; the questions themselves are fixed"""
+    task: str = "sort"  # sort (digits) or countdown (reach a target with three numbers)
+    seed: int = 1  # seed of every random stream; the questions themselves never change
 
-    # How much data
-    total_timesteps: int | None = None
-    """answers sampled in all, rounded up to whole updates; None takes the task's own number"""
-    num_prompts: int = 64
-    """questions per update (P)"""
-    group_size: int = 8
-    """answers to each question (G)"""
-    temperature: float = 1.0
-    """divides the logits when answers are sampled and, alike, wherever they are scored"""
-    warmup_steps: int | None = None
-    """supervised steps before, on answers of the right form, right only by chance; None takes the task's own number"""
+    total_timesteps: int | None = None  # answers sampled, in whole updates; None: as the task says
+    num_prompts: int = 64  # questions per update (P)
+    group_size: int = 8  # answers to each question (G)
+    temperature: float = 1.0  # divides the logits wherever answers are sampled or scored
+    warmup_steps: int | None = None  # supervised steps before RL; None: as the task says
 
-    # Advantages
-    baseline: Literal["group", "batch", "leave-one-out", "none"] = "group"
-    """subtract the mean reward of the group, of the batch, of the other answers in the group, or nothing"""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """divide by the standard deviation of the rewards in the group, in the batch, or not at all (Dr. GRPO)"""
+    baseline: Literal["group", "batch", "leave-one-out", "none"] = "group"  # subtract whose mean
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # divide by the std of these rewards
 
-    # The objective
-    ratio: Literal["token", "sequence", "sequence-mean"] = "token"
-    """of each token (eq. 3); sequence: of the answer, their product (R1); sequence-mean: their geometric mean (GSPO)"""
-    loss_agg: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    """grpo: mean of each answer, of answers (eq. 3); dr_grpo: sum / (answers * longest possible); dapo: all tokens"""
-    clip_low: float = 0.2
-    """the ratio is clipped below 1 minus this (epsilon)"""
-    clip_high: float = 0.2
-    """and above 1 plus this; larger than --clip-low is DAPO's clip-higher"""
-    kl_coef: float = 0.07
-    """weight of KL[policy, reference] (beta); 0 only measures it"""
-    kl_estimator: Literal["k2", "k3", "k3-corrected", "exact"] = "k3"
-    """how the penalty is estimated at each token: see kl_terms(); k3 is eq. 4; exact: summed over all words"""
-    ref_sync: int = 0
-    """updates after which the reference becomes a copy of the policy; 0 keeps the one that training starts from"""
+    ratio: Literal["token", "sequence", "sequence-mean"] = "token"  # of a token or a whole answer
+    loss_agg: Literal["grpo", "dr_grpo", "dapo"] = "grpo"  # how the terms of eq. 3 are averaged
+    clip_low: float = 0.2  # the ratio is clipped below 1 minus this (epsilon)
+    clip_high: float = 0.2  # and above 1 plus this; larger than --clip-low is DAPO's clip-higher
+    kl_coef: float = 0.07  # weight of KL[policy, reference] (beta); with 0 it is only measured
+    kl_estimator: Literal["k2", "k3", "k3-corrected", "exact"] = "k3"  # see kl_terms; k3 is eq. 4
+    ref_sync: int = 0  # updates after which the reference becomes a copy of the policy; 0: never
 
-    # Optimisation
-    num_iterations: int = 2
-    """gradient steps on each batch of answers (mu)"""
-    learning_rate: float = 1e-3
-    """AdamW step size"""
-    weight_decay: float = 0.5
-    """AdamW's weight decay: without it, questions are learned by heart and the held-out ones lag behind"""
-    anneal_lr: bool = True
-    """decay the step size linearly to 0 over the run"""
-    max_grad_norm: float = 1.0
-    """scale the gradient down to at most this global norm; inf never does"""
+    num_iterations: int = 2  # gradient steps on each batch of answers (mu)
+    learning_rate: float = 1e-3  # AdamW step size
+    weight_decay: float = 0.5  # of AdamW; with 0, training questions are learned by heart
+    anneal_lr: bool = True  # decay the step size linearly to 0 over the run
+    max_grad_norm: float = 1.0  # scale the gradient down to at most this norm; inf never does
 
-    # The run
-    threads: int = 1
-    """threads of PyTorch: a second one gains a third at best; results depend on it in their last bits"""
-    run_dir: str | None = None
-    """folder of this run; None makes one under runs/"""
-    checkpoint_every: int = 50
-    """updates between checkpoints"""
-    resume: str | None = None
-    """continue the run in this folder; no other flag may be given, all come from its config.json"""
-    track: bool = False
-    """mirror the run to Weights & Biases (WANDB_MODE=offline works)"""
-    wandb_project: str = "grpo"
-    """project for --track"""
+    threads: int = 1  # threads of PyTorch; the last bits of the results depend on it
+    run_dir: str | None = None  # folder of this run; None makes one under runs/
+    checkpoint_every: int = 50  # updates between checkpoints
+    resume: str | None = None  # go on with the run in this folder; its config.json has the flags
+    track: bool = False  # mirror the run to Weights & Biases (WANDB_MODE=offline works)
+    wandb_project: str = "grpo"  # project for --track
 
-    # Evaluation: at the end of every run, or of a finished one with --evaluate
-    evaluate: str | None = None
-    """evaluate the run in this folder instead of training; only the two flags below may go with it"""
-    eval_prompts: int = 500
-    """held-out questions, repeats included, at most as many as the task has"""
-    pass_k: int = 16
-    """answers sampled to each for pass@k: the share of questions with at least one right answer"""
+    evaluate: str | None = None  # evaluate the run in this folder; the flags below may be given
+    eval_prompts: int = 500  # held-out questions to ask, at most as many as the task has
+    pass_k: int = 16  # pass@k: the share of questions with a right answer among this many samples
 
     @property
     def batch_size(self) -> int:
@@ -154,124 +122,219 @@ class Args:
         return math.ceil(self.total_timesteps / self.batch_size)
 
     @property
-    def agents(self) -> list[dict]:
-        """What names each agent of the run; here there is one."""
-        objective = "/".join((self.ratio, self.loss_agg, self.baseline, self.scale_rewards))
-        return [{"seed": self.seed, "objective": objective}]
-
-    def check(self) -> None:
-        """Raises UserError for the first flag that makes no sense. (A comparison with NaN is False, so NaN fails.)"""
-        counts = {"total_timesteps": (1, 10**12), "num_prompts": (1, 2**16), "group_size": (2, 2**16)}
-        counts |= {"warmup_steps": (0, 10**9), "num_iterations": (1, 2**16), "ref_sync": (0, 10**9)}
-        counts |= {"threads": (1, 2**10), "checkpoint_every": (1, 10**9), "seed": (0, 2**31 - 1)}
-        for name, (least, most) in (counts | {"eval_prompts": (1, 10**9), "pass_k": (1, 2**11)}).items():
-            if getattr(self, name) is not None and not least <= getattr(self, name) <= most:
-                what = f"must be between {least} and {most}, not {getattr(self, name)}"
-                raise UserError(f"--{name.replace('_', '-')} {what}")
-        if not 0 < self.clip_low < 1:
-            raise UserError(f"--clip-low must be between 0 and 1, not {self.clip_low}")
-        if not 1e-3 <= self.temperature < math.inf:
-            raise UserError(f"--temperature must be a number from 0.001 on, not {self.temperature}")
-        for name in ("learning_rate", "clip_high"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
-        for name in ("kl_coef", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} must be a number from 0 on, not {getattr(self, name)}")
-        if not self.max_grad_norm > 0:
-            raise UserError(f"--max-grad-norm must be positive (inf does not clip), not {self.max_grad_norm}")
-        if self.batch_size > 10**6:
-            raise UserError(f"a batch of {self.batch_size} answers is too large; lower --num-prompts or --group-size")
-        if self.ratio != "token" and self.loss_agg != "grpo":
-            raise UserError(f"--ratio {self.ratio} has one term per answer and takes their mean; leave --loss-agg out")
+    def objective(self) -> str:
+        return f"{self.ratio}/{self.loss_agg}/{self.baseline}/{self.scale_rewards}"
 
 
-# ----------------------------------------------------------------------------------------------------------- TASKS
-END, BLANK = "<end>", "_"
+# ----------------------------------------------------------------------------------------- TASKS
+END = "<end>"  # the last word of an answer
+END_ID = 0  # so it must be word 0 of every vocabulary
+BLANK = "_"  # fills up short questions
 
 
 class Task(NamedTuple):
-    """What is asked, and what is a right answer. To train on a task of your own, hand one to train()."""
+    """What is asked, and which answers are right. Hand a task of your own to train()."""
 
     name: str
-    vocab: list[str]  # all words of questions and answers; the first one ends an answer
+    vocab: list[str]  # all words of questions and answers; END first
     prompts: list[list[str]]  # the questions to learn from, all of one length
-    held_out: list[list[str]]  # those to be tested on, in random order; short ones recur, as in training
-    max_length: int  # of an answer, its end included; a longer one is cut off
-    # question, answer with its end, unless it was cut off -> reward; the answer is right if that is 1
+    held_out: list[list[str]]  # the questions to be tested on, in random order; some occur twice
+    max_length: int  # of an answer, with its END; a longer one is cut off
+    # question, answer (with its END, unless it was cut off) -> reward; 1 says that it is right
     verify: Callable[[list[str], list[str]], float]
     total_timesteps: int  # default of --total-timesteps
     warmup_steps: int = 0  # default of --warmup-steps
-    # for the warm-up: question -> an answer of the right form, without its end
+    # for the warm-up: question -> an answer of the right form, without its END
     demonstrate: Callable[[list[str], random.Random], list[str]] | None = None
 
     def encode(self, sentences: list[list[str]]) -> Tensor:
-        """Sentences of one length as token ids [B, L]."""
+        """B sentences of L words each -> token ids [B, L]"""
         ids = {word: i for i, word in enumerate(self.vocab)}
         return torch.tensor([[ids[word] for word in sentence] for sentence in sentences])
 
     def decode(self, tokens: Tensor, mask: Tensor) -> list[list[str]]:
-        """The words of each answer, tokens [N, T], where mask [N, T] is True."""
-        pairs = zip(tokens.tolist(), mask.sum(1).tolist(), strict=True)
-        return [[self.vocab[token] for token in row[:length]] for row, length in pairs]
+        """tokens [N, T], mask [N, T] -> the words of N answers: those where the mask is True."""
+        answers = []
+        for row, length in zip(tokens.tolist(), mask.sum(1).tolist(), strict=True):
+            answers.append([self.vocab[token] for token in row[:length]])
+        return answers
 
 
 def split(prompts: list[list[str]], key: Callable) -> tuple[list, list]:
-    """(questions to learn from, held-out ones): a tenth of all keys, and with them every question that has one."""
-    held = [stream(0, str(key(prompt))) % 10 == 0 for prompt in prompts]  # stream(): a hash
-    return tuple([prompt for prompt, h in zip(prompts, held, strict=True) if h == out] for out in (False, True))
-
-
-def verify_sorted(prompt: list[str], answer: list[str]) -> float:
-    """The share of places, the end among them, that hold the right word: 1 for the sorted digits and nothing else."""
-    wanted = [*sorted(word for word in prompt if word != BLANK), END]
-    return sum(a == w for a, w in zip(answer, wanted, strict=False)) / len(wanted)
+    """(questions to learn from, held-out questions): questions of one key stay together."""
+    training, held_out = [], []
+    for prompt in prompts:
+        if stream(0, str(key(prompt))) % 10 == 0:  # a hash: one key in ten is held out
+            held_out.append(prompt)
+        else:
+            training.append(prompt)
+    return training, held_out
 
 
 def sort_task() -> Task:
-    """From "3 1 3 _ _" to "1 3 3 <end>": two to five digits. No digits that are asked for in a held-out question, in
-    whatever order, are ever asked for in training."""
-    rng, longest = random.Random(0), 5
-    prompts = [rng.choices("0123456789", k=rng.randint(2, longest)) for _ in range(20_000)]
-    prompts, held_out = split([prompt + [BLANK] * (longest - len(prompt)) for prompt in prompts], key=sorted)
-    return Task("sort", [END, BLANK, *"0123456789"], prompts, held_out, longest + 2, verify_sorted, 200_000)
+    """From "3 1 3 _ _" to "1 3 3 <end>": two to five digits.
+
+    The digits of a held-out question are never asked for in training, in no order.
+    """
+    rng = random.Random(0)
+    longest = 5
+    prompts = []
+    for _ in range(20_000):
+        digits = rng.choices("0123456789", k=rng.randint(2, longest))
+        prompts.append(digits + [BLANK] * (longest - len(digits)))
+    training, held_out = split(prompts, key=sorted)
+    return Task(
+        name="sort",
+        vocab=[END, BLANK, *"0123456789"],
+        prompts=training,
+        held_out=held_out,
+        max_length=longest + 2,
+        verify=verify_sorted,
+        total_timesteps=200_000,
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- AGENT
-Cache = list[tuple[Tensor, Tensor]]  # of each block, keys and values of the tokens read so far, [B, heads, T, width]
+def verify_sorted(prompt: list[str], answer: list[str]) -> float:
+    """The share of right words, END included, each in its place."""
+    digits = [word for word in prompt if word != BLANK]
+    wanted = [*sorted(digits), END]
+    right = sum(a == w for a, w in zip(answer, wanted, strict=False))
+    return right / len(wanted)
+
+
+def countdown_task(largest: int = 12, highest: int = 40) -> Task:
+    """From "2 3 7 13" to "7 + 3 * 2 <end>", or another expression of 2, 3 and 7 that equals 13.
+
+    Every target is the value of a random expression. Three numbers and a target that are held out
+    are never asked for in training. The warm-up shows random expressions of a question's numbers,
+    whatever its target: they teach what an expression is, and nothing about arithmetic.
+    """
+    rng = random.Random(0)
+    prompts = []
+    while len(prompts) < 40_000:
+        numbers = [str(n) for n in sorted(rng.choices(range(1, largest + 1), k=3))]
+        try:
+            target = value([*random_expression(numbers, rng), END])
+        except ZeroDivisionError:
+            continue
+        if target.denominator == 1 and 0 <= target <= highest:
+            prompts.append([*numbers, str(target)])
+    training, held_out = split(prompts, key=list)
+    return Task(
+        name="countdown",
+        vocab=[END, *"+-*/()", *map(str, range(max(largest, highest) + 1))],
+        prompts=training,
+        held_out=held_out,
+        max_length=8,
+        verify=verify_countdown,
+        total_timesteps=500_000,
+        warmup_steps=500,
+        demonstrate=random_expression,
+    )
+
+
+def verify_countdown(prompt: list[str], answer: list[str]) -> float:
+    """1 if the answer uses each of the three numbers once and its value is the target.
+
+    An expression whose value is off by less than 10 gets up to 1/2, anything else 0.
+    """
+    *numbers, target = prompt
+    used = [word for word in answer if word.isdigit()]
+    if answer[-1] != END or sorted(used) != sorted(numbers):
+        return 0.0
+    words = list(answer)
+    try:
+        distance = abs(value(words) - int(target))
+    except (ValueError, ZeroDivisionError):
+        return 0.0
+    if words != [END]:  # something follows the expression
+        return 0.0
+    if distance == 0:
+        return 1.0
+    return max(0.0, 0.5 - float(distance) / 20)
+
+
+def random_expression(prompt: list[str], rng: random.Random) -> list[str]:
+    """The three numbers of a question in any order, any operators, with or without brackets."""
+    a, b, c = rng.sample(prompt[:3], 3)
+    x, y = rng.choices("+-*/", k=2)
+    plain = [a, x, b, y, c]
+    left = ["(", a, x, b, ")", y, c]
+    right = [a, x, "(", b, y, c, ")"]
+    return rng.choice([plain, left, right])
+
+
+PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+FUNCTIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+def value(words: list[str], lowest: int = 1) -> Fraction:
+    """The exact value of the expression that `words` begins with; takes it off the list.
+
+    The expression goes on as long as an operator of at least the precedence `lowest` follows. END
+    must stand after it. Raises ValueError where there is no expression, and ZeroDivisionError.
+    """
+    word = words.pop(0)
+    if word == "(":
+        result = value(words)
+        if words.pop(0) != ")":
+            raise ValueError("a bracket is not closed")
+    else:
+        result = Fraction(int(word))  # ValueError where it is no number
+    while PRECEDENCE.get(words[0], 0) >= lowest:
+        word = words.pop(0)
+        result = FUNCTIONS[word](result, value(words, PRECEDENCE[word] + 1))
+    return result
+
+
+TASKS = {"sort": sort_task, "countdown": countdown_task}
+
+
+# ----------------------------------------------------------------------------------------- AGENT
+Cache = list[tuple[Tensor, Tensor]]  # of each block: keys, values [B, heads, S, width / heads]
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: causal self-attention, then a two-layer network, each added to what comes in."""
+    """Pre-norm transformer block: self-attention, then two layers, each added to its input."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor) -> tuple:
-        """x [B, T, width], past: keys and values of S earlier tokens, mask [T, S+T] -> x, and all keys and values"""
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, heads, width / heads]
-        query, key, val = qkv.permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, past: tuple | None, mask: Tensor) -> tuple[Tensor, tuple]:
+        """x [B, T, width] of T tokens that follow S earlier ones -> x, (keys, values) of all S + T.
+
+        past: keys and values of the S, None if S = 0. mask [T, S + T]: which token reads which.
+        """
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        query, keys, values = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, width / heads] each
         if past is not None:
-            key, val = torch.cat([past[0], key], 2), torch.cat([past[1], val], 2)
-        read = F.scaled_dot_product_attention(query, key, val, attn_mask=mask)
-        x = x + self.out(read.transpose(1, 2).flatten(2))
-        return x + self.down(F.relu(self.up(self.norm2(x)))), (key, val)
+            keys = torch.cat([past[0], keys], 2)
+            values = torch.cat([past[1], values], 2)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        x = x + self.down(F.relu(self.up(self.norm2(x))))
+        return x, (keys, values)
 
 
 class Agent(nn.Module):
-    """The policy: a causal transformer, without dropout, that reads words and says what comes next."""
+    """The policy: a causal transformer that reads words and predicts the next. No dropout."""
 
-    def __init__(self, words: int, length: int, width: int = 64, blocks: int = 2, heads: int = 2):
+    def __init__(self, num_words: int, length: int, width=64, blocks=2, heads=2):
         super().__init__()
-        self.word, self.place = nn.Embedding(words, width), nn.Embedding(length, width)
+        self.word = nn.Embedding(num_words, width)
+        self.position = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
-        self.norm, self.logits = nn.LayerNorm(width), nn.Linear(width, words)
-        for module in self.modules():  # every layer passes on the variance that it gets
-            if isinstance(module, nn.Linear):
+        self.norm = nn.LayerNorm(width)
+        self.logits = nn.Linear(width, num_words)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # pass on the variance of what comes in
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
@@ -279,287 +342,587 @@ class Agent(nn.Module):
         nn.init.normal_(self.logits.weight, std=0.02)  # a nearly uniform first policy
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """tokens [B, T] that follow the S in the cache -> logits of what follows each [B, T, V], and the new cache"""
-        start, count = cache[0][0].shape[2] if cache else 0, tokens.shape[1]
-        mask = torch.ones(count, start + count, dtype=torch.bool).tril(start)  # read what is earlier, and yourself
-        x, new = self.word(tokens) + self.place.weight[start : start + count], []
-        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x, pair = block(x, past, mask)
-            new.append(pair)
-        return self.logits(self.norm(x)), new
+        """Reads tokens [B, T], which follow the S tokens in the cache.
+
+        Returns the logits of the word after each of them [B, T, V], and the cache of all S + T.
+        """
+        start = 0 if cache is None else cache[0][0].shape[2]  # S
+        end = start + tokens.shape[1]  # S + T
+        # every token reads the earlier ones and itself
+        mask = torch.ones(end - start, end, dtype=torch.bool).tril(start)
+        x = self.word(tokens) + self.position.weight[start:end]
+        new_cache = []
+        for i, block in enumerate(self.blocks):
+            x, keys_and_values = block(x, None if cache is None else cache[i], mask)
+            new_cache.append(keys_and_values)
+        return self.logits(self.norm(x)), new_cache
+
+    def policy(self, logits: Tensor, temperature: float) -> Tensor:
+        """Logits from forward() [..., V] -> log-probabilities of the next word [..., V].
+
+        The policy is made here alone: what is changed here is played, learned and evaluated. It is
+        the whole distribution, without top-k or top-p.
+        """
+        log_probs = (logits / temperature).log_softmax(-1)
+        return log_probs.clamp(min=-1e9)  # a logit may be -inf: 0 * inf would be NaN
 
 
-def read_prompts(agent: Agent, prompts: Tensor, answers: int) -> tuple[Tensor, Cache]:
-    """Reads every question [P, L] once, for all of its answers: logits of their first token [N, 1, V] and the cache,
-    N = P * answers, the answers to a question side by side."""
+def read_prompts(agent: Agent, prompts: Tensor, group_size: int) -> tuple[Tensor, Cache]:
+    """Reads each of P questions [P, L] once, for the G answers to it.
+
+    Returns the logits of the first word of N = P * G answers [N, 1, V], and their cache. The
+    answers to one question stand side by side.
+    """
     logits, cache = agent(prompts)
-    repeated = [tuple(x.repeat_interleave(answers, 0) for x in pair) for pair in cache]
-    return logits[:, -1:].repeat_interleave(answers, 0), repeated
+    logits = logits[:, -1:].repeat_interleave(group_size, 0)
+    repeated = []
+    for keys, values in cache:
+        keys = keys.repeat_interleave(group_size, 0)
+        values = values.repeat_interleave(group_size, 0)
+        repeated.append((keys, values))
+    return logits, repeated
 
 
 @torch.no_grad()
-def sample(agent: Agent, prompts: Tensor, answers: int, max_length: int, temperature: float, rng=None) -> Batch:
-    """Writes `answers` answers to each question [P, L], sampled with `rng`, greedy without one. Of the N = P * answers:
-    tokens [N, T], log_probs of all words at each place [N, T, V], mask [N, T], True up to the end token, inclusive."""
-    logits, cache = read_prompts(agent, prompts, answers)
-    going, steps = torch.ones(len(logits), dtype=torch.bool), []
-    while going.any() and len(steps) < max_length:
-        if steps:
-            logits, cache = agent(steps[-1][0].unsqueeze(1), cache)
-        log_probs = (logits.squeeze(1) / temperature).log_softmax(-1)  # the whole distribution, no top-k or top-p
-        drawn = torch.multinomial(log_probs.exp(), 1, generator=rng) if rng else log_probs.argmax(-1, keepdim=True)
-        steps.append((drawn.squeeze(1) * going, log_probs, going))  # after the end: 0, as the end itself
-        going = going & (steps[-1][0] != 0)
-    tokens, log_probs, mask = (torch.stack(x, 1) for x in zip(*steps, strict=True))
-    return {"tokens": tokens, "log_probs": log_probs, "mask": mask}
+def sample(agent, prompts, group_size, max_length, temperature, rng=None) -> dict[str, Tensor]:
+    """Writes G answers to each question [P, L]: sampled with `rng`, greedy without.
+
+    Returns tokens [N, T], log_probs [N, T, V] of all words at each place, and mask [N, T], which is
+    True up to and including END. N = P * G; T is the length of the longest answer.
+    """
+    logits, cache = read_prompts(agent, prompts, group_size)
+    unfinished = torch.ones(len(logits), dtype=torch.bool)
+    tokens, log_probs, mask = [], [], []
+    for t in range(max_length):
+        if t > 0:
+            logits, cache = agent(tokens[-1].unsqueeze(1), cache)
+        log_prob = agent.policy(logits.squeeze(1), temperature)
+        if rng is None:
+            word = log_prob.argmax(-1)
+        else:
+            word = torch.multinomial(log_prob.exp(), 1, generator=rng).squeeze(1)
+        tokens.append(word.where(unfinished, END_ID))  # END fills up what is finished
+        log_probs.append(log_prob)
+        mask.append(unfinished)
+        unfinished = unfinished & (word != END_ID)
+        if not unfinished.any():
+            break
+    return {
+        "tokens": torch.stack(tokens, 1),
+        "log_probs": torch.stack(log_probs, 1),
+        "mask": torch.stack(mask, 1),
+    }
 
 
-def score(agent: Agent, prompts: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities of all words at each place of the answers, tokens [N, T] -> [N, T, V], as sample() has them."""
-    first, cache = read_prompts(agent, prompts, len(tokens) // len(prompts))
-    logits = torch.cat([first, agent(tokens[:, :-1], cache)[0]], 1)
-    return (logits / temperature).log_softmax(-1)
+def score(agent, prompts, tokens, group_size, temperature) -> Tensor:
+    """log_probs [N, T, V] as in sample(), for answers that are written already: tokens [N, T]."""
+    first, cache = read_prompts(agent, prompts, group_size)
+    later, _ = agent(tokens[:, :-1], cache)
+    return agent.policy(torch.cat([first, later], 1), temperature)
 
 
-# --------------------------------------------------------------------------------------------------- THE ALGORITHM
+# --------------------------------------------------------------------------------- THE ALGORITHM
 def group_advantages(rewards: Tensor, baseline: str, scale: str) -> Tensor:
-    """rewards [P, G] -> advantages [P, G], with the mean and standard deviation that `baseline` and `scale` name.
+    """rewards [P, G] -> advantages [P, G]: (R - mean) / std of the group, or a variant of that."""
+    group_mean, group_std = mean_and_std(rewards)  # [P, 1]
+    batch_mean, batch_std = mean_and_std(rewards.view(1, -1))  # [1, 1]
+    if baseline == "group":
+        advantages = rewards - group_mean
+    elif baseline == "batch":
+        advantages = rewards - batch_mean
+    elif baseline == "leave-one-out":  # R - mean of the others is G / (G - 1) * (R - mean of all)
+        group_size = rewards.shape[1]
+        advantages = (rewards - group_mean) * group_size / (group_size - 1)
+    else:
+        advantages = rewards
 
-    Equal rewards, found by max == min because their mean may be off by a rounding error, have no advantage over it,
-    exactly, and no spread to be divided by: with its own baseline, a group all right or all wrong teaches nothing."""
-
-    def pool(name: str) -> tuple[Tensor, Tensor]:
-        x = rewards.view(1, -1) if name == "batch" else rewards
-        return x, x.amax(-1, keepdim=True) == x.amin(-1, keepdim=True)
-
-    advantages, size = rewards, rewards.shape[1]
-    if baseline != "none":
-        x, equal = pool(baseline)
-        advantages = (x - x.mean(-1, keepdim=True)).masked_fill(equal, 0.0).view_as(rewards)
-    if baseline == "leave-one-out":  # r_i - mean of the others = G / (G-1) (r_i - mean of all)
-        advantages = advantages * size / (size - 1)
-    if scale != "none":
-        x, equal = pool(scale)
-        advantages = advantages / torch.where(equal, 1.0, x.std(-1, keepdim=True) + 1e-4)  # 1e-4 as in TRL
+    if scale == "group":
+        advantages = advantages / group_std
+    elif scale == "batch":
+        advantages = advantages / batch_std
     return advantages
 
 
-def categorical_kl(old: Tensor, new: Tensor) -> Tensor:
-    """Exact KL[old, new] of log-probabilities [..., V] -> [...]"""
+def mean_and_std(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each row, [P, G] -> [P, 1] each.
+
+    A row of equal rewards has nothing to teach: its advantages must be exactly 0. But the computed
+    mean of equal numbers can be off by a rounding error, and the std to divide it by is almost 0.
+    So equal rewards are found by max == min: their mean is the reward itself, and their std is 1.
+    """
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    mean = torch.where(equal, rewards[:, :1], rewards.mean(1, keepdim=True))
+    std = torch.where(equal, 1.0, rewards.std(1, keepdim=True) + 1e-4)  # 1e-4 as in TRL
+    return mean, std
+
+
+def of_tokens(log_probs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """log_probs [N, T, V] of all words -> those of the answers' own tokens [N, T]; 0 after END."""
+    tokens = batch["tokens"].unsqueeze(-1)
+    return log_probs.gather(-1, tokens).squeeze(-1).masked_fill(~batch["mask"], 0.0)
+
+
+def entropy_of(log_probs: Tensor) -> Tensor:
+    """Entropy of each distribution, [..., V] -> [...]"""
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def kl_between(old: Tensor, new: Tensor) -> Tensor:
+    """Exact KL[old, new] of each pair of distributions, [..., V] each -> [...]"""
     return (old.exp() * (old - new)).sum(-1)
 
 
-def kl_terms(new: Tensor, old: Tensor, reference: Tensor) -> Batch:
-    """Estimators of KL[policy, reference] from a token's log-probability under the policy, under the policy it was
-    sampled from and under the reference, all [...] (Schulman, http://joschu.net/blog/kl-approx.html). What they do as
-    a loss is another matter than what they measure. With x = log pi/pi_ref, and averaged over tokens of the policy:
-                  value               gradient
-    k1            x                   0, so it is never a loss here
-    k2            x^2 / 2             that of KL[policy, reference]
-    k3            e^-x + x - 1        that of the forward KL[reference, policy]; a measurement without bias (eq. 4)
-    k3-corrected  pi/pi_old * k3      that of KL[policy, reference], also when the policy moved on (DeepSeek-V3.2);
-                                      pi/pi_old is the token's with every --ratio (TRL's is as --ratio says)"""
-    log_ratio = reference - new
-    k3 = log_ratio.exp() - log_ratio - 1
-    return {"k1": -log_ratio, "k2": log_ratio.square() / 2, "k3": k3, "k3-corrected": (new - old).exp() * k3}
+def kl_terms(new: Tensor, old: Tensor, reference: Tensor) -> dict[str, Tensor]:
+    """Estimates of KL[policy, reference] at each token (Schulman, joschu.net/blog/kl-approx.html).
 
+    new, old, reference [...]: the token's log-probability under the policy that is being optimised,
+    under the policy that sampled it, and under the reference. What an estimate measures is one
+    question; where its gradient leads is another. With x = log(pi / pi_ref), on average over tokens
+    of the policy:
 
-def grpo_loss(log_probs: Tensor, batch: Batch, max_length: int, args: Args) -> tuple[Tensor, dict]:
-    """The negative of eq. 3 or of a variant, to be minimised, and a dict of metrics.
-
-    log_probs [N, T, V] come from the weights being optimised. batch holds tokens and mask [N, T], advantages [N], and
-    log_probs and ref_log_probs [N, T, V] of the sampling policy and of the reference.
+                  value             gradient
+    k1            x                 0, so it is a metric only
+    k2            x^2 / 2           that of KL[policy, reference]
+    k3            e^-x + x - 1      that of the forward KL[reference, policy]   (eq. 4)
+    k3-corrected  pi/pi_old * k3    that of KL[policy, reference], also after the policy has left
+                                    pi_old (DeepSeek-V3.2); a token's ratio, whatever --ratio is
     """
-    tokens, mask, advantages = batch["tokens"].unsqueeze(-1), batch["mask"], batch["advantages"].unsqueeze(-1)
-    distributions = log_probs, batch["log_probs"], batch["ref_log_probs"]
-    # after the end 0, whatever is there: an overflow times mask would be NaN
-    new, old, reference = (x.gather(-1, tokens).squeeze(-1).masked_fill(~mask, 0.0) for x in distributions)  # [N, T]
-    lengths = mask.sum(-1, keepdim=True)
+    x = new - reference
+    x_bounded = x.clamp(min=-40)  # k3 is flat below, where e^-x would overflow
+    k3 = (-x_bounded).exp() + x_bounded - 1
+    ratio = (new - old).clamp(max=40).exp()
+    return {"k1": x, "k2": x.square() / 2, "k3": k3, "k3-corrected": ratio * k3}
 
-    log_ratio = new - old
-    if args.ratio != "token":
-        log_ratio = log_ratio.sum(-1, keepdim=True)  # of the whole answer [N, 1]: pi(o | q) / pi_old(o | q)
-        if args.ratio == "sequence-mean":
-            log_ratio = log_ratio / lengths
-    ratio = log_ratio.exp()
+
+def grpo_loss(log_probs: Tensor, batch: dict, max_length: int, args: Args) -> tuple[Tensor, dict]:
+    """Eq. 3, or a variant of it, with its sign turned; and metrics by name.
+
+    log_probs [N, T, V]: of the policy that is being optimised.
+    batch: tokens and mask [N, T] and advantages [N] of the answers; log_probs and ref_log_probs
+    [N, T, V] of the policy that sampled them and of the reference.
+    max_length: of an answer, for --loss-agg dr_grpo.
+    """
+    mask = batch["mask"]
+    lengths = mask.sum(-1, keepdim=True)  # [N, 1]
+    advantages = batch["advantages"].unsqueeze(-1)  # [N, 1]
+    new = of_tokens(log_probs, batch)
+    old = of_tokens(batch["log_probs"], batch)
+    reference = of_tokens(batch["ref_log_probs"], batch)
+
+    logratio = new - old
+    if args.ratio == "sequence":  # the product of all ratios of an answer, [N, 1]
+        logratio = logratio.sum(-1, keepdim=True)
+    elif args.ratio == "sequence-mean":  # their geometric mean, [N, 1]
+        logratio = logratio.sum(-1, keepdim=True) / lengths
+    ratio = logratio.clamp(max=40).exp()  # inf would make 0 * inf = NaN below
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
-    surrogate = torch.min(ratio * advantages, clipped * advantages)  # eq. 3 as in PPO
+    gain = torch.min(ratio * advantages, clipped * advantages)  # as in PPO
 
-    kl = kl_terms(new, old, reference) | {"exact": categorical_kl(log_probs, batch["ref_log_probs"])}
-    terms = (surrogate - args.kl_coef * kl[args.kl_estimator]) * mask  # [N, T]
-    if args.loss_agg == "grpo":
+    kl = kl_terms(new, old, reference)
+    kl["exact"] = kl_between(log_probs, batch["ref_log_probs"])
+    terms = (gain - args.kl_coef * kl[args.kl_estimator]) * mask  # [N, T]
+
+    if args.loss_agg == "grpo":  # the mean of each answer, then of all answers
         objective = (terms.sum(-1, keepdim=True) / lengths).mean()
-    elif args.loss_agg == "dr_grpo":
+    elif args.loss_agg == "dr_grpo":  # every answer is divided by the same length
         objective = terms.sum() / (len(terms) * max_length)
-    else:
+    else:  # dapo: the mean of all tokens
         objective = terms.sum() / lengths.sum()
 
-    def average(x: Tensor) -> Tensor:  # over tokens, or over answers for what there is one of per answer
-        return (x * mask).sum() / lengths.sum() if x.shape[1] == mask.shape[1] else x.float().mean()
+    def token_mean(x: Tensor) -> Tensor:
+        return (x * mask).sum() / lengths.sum()
 
-    low, high = (ratio < 1 - args.clip_low) & (advantages < 0), (ratio > 1 + args.clip_high) & (advantages > 0)
-    metrics = {"kl": kl[args.kl_estimator], "kl_exact": kl["exact"], "kl_k1": kl["k1"]}
-    metrics["entropy"] = -(log_probs.exp() * log_probs).sum(-1)
-    metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
-    metrics = {name: average(x).detach() for name, x in metrics.items()}
-    return -objective, {"policy_loss": -objective.detach()} | metrics
+    def ratio_mean(x: Tensor) -> Tensor:  # of tokens, or of answers where each has one ratio
+        return token_mean(x) if args.ratio == "token" else x.float().mean()
+
+    with torch.no_grad():
+        clipped_low = (ratio < 1 - args.clip_low) & (advantages < 0)
+        clipped_high = (ratio > 1 + args.clip_high) & (advantages > 0)
+        metrics = {
+            "policy_loss": -objective,
+            "kl": token_mean(kl[args.kl_estimator]),
+            "kl_exact": token_mean(kl["exact"]),
+            "kl_k1": token_mean(kl["k1"]),
+            "entropy": token_mean(entropy_of(log_probs)),
+            "clip_ratio/low_mean": ratio_mean(clipped_low),
+            "clip_ratio/high_mean": ratio_mean(clipped_high),
+            "clip_ratio/region_mean": ratio_mean(clipped_low | clipped_high),
+        }
+    return -objective, metrics
 
 
-def update(agent: Agent, optimizer, batch: Batch, max_length: int, args: Args) -> dict:
-    """mu gradient steps on one batch: what grpo_loss takes, and prompts [P, L]. Returns the means of the metrics over
-    the steps, and the exact KL of the sampling policy to the updated one, a mean over the tokens of 8 questions."""
-    history, parameters = [], list(agent.parameters())
+def update(agent: Agent, optimizer, batch: dict, max_length: int, args: Args) -> dict[str, float]:
+    """mu gradient steps on one batch. Returns the means of the metrics over these steps.
+
+    batch: what grpo_loss takes, and prompts [P, L]. kl_after_update is the exact KL[old, new] after
+    the last step, of the answers to 8 questions: all of them would cost a tenth of the run.
+    """
+    prompts = batch["prompts"]
+    tokens = batch["tokens"]
+    parameters = list(agent.parameters())
+    history = []
     for _ in range(args.num_iterations):
-        log_probs = score(agent, batch["prompts"], batch["tokens"], args.temperature)
+        log_probs = score(agent, prompts, tokens, args.group_size, args.temperature)
         loss, metrics = grpo_loss(log_probs, batch, max_length, args)
         optimizer.zero_grad()
         loss.backward()
-        history.append(metrics | {"grad_norm": nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)})
+        metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
-    means = {name: torch.stack([metrics[name] for metrics in history]).mean().item() for name in history[0]}
-    few = 8 * (len(batch["tokens"]) // len(batch["prompts"]))  # answers; all would cost a tenth of the run
+        history.append(metrics)
+    means = {}
+    for name in history[0]:
+        means[name] = torch.stack([metrics[name] for metrics in history]).mean().item()
+
+    count = 8 * args.group_size
     with torch.no_grad():
-        log_probs = score(agent, batch["prompts"][:8], batch["tokens"][:few], args.temperature)
-    kl = categorical_kl(batch["log_probs"][:few], log_probs)[batch["mask"][:few]]
-    return means | {"kl_after_update": kl.mean().item()}
+        log_probs = score(agent, prompts[:8], tokens[:count], args.group_size, args.temperature)
+    kl = kl_between(batch["log_probs"][:count], log_probs)
+    means["kl_after_update"] = kl[batch["mask"][:count]].mean().item()
+    return means
 
 
-# -------------------------------------------------------------------------------------------------------- TRAINING
-def verify(task: Task, prompts: list[list[str]], batch: Batch) -> Tensor:
+# -------------------------------------------------------------------------------------- TRAINING
+def verify(task: Task, prompts: list[list[str]], batch: dict, group_size: int) -> Tensor:
     """The rewards [P, G] of the answers in a batch from sample()."""
-    answers = task.decode(batch["tokens"], batch["mask"])
-    count = len(answers) // len(prompts)
-    rewards = [float(task.verify(prompts[i // count], answer)) for i, answer in enumerate(answers)]
-    return torch.tensor(rewards).view(len(prompts), count)
+    rewards = []
+    for i, answer in enumerate(task.decode(batch["tokens"], batch["mask"])):
+        prompt = prompts[i // group_size]  # answers to one question stand side by side
+        rewards.append(float(task.verify(prompt, answer)))
+    return torch.tensor(rewards).view(len(prompts), group_size)
 
 
 def warm_up(agent: Agent, task: Task, args: Args) -> None:
-    """Supervised steps on demonstrations: the form of an answer, learned before what a right one is."""
+    """Supervised steps on demonstrations: they teach the form of an answer, not what is right."""
     rng = random.Random(stream(args.seed, "warm-up"))
     optimizer = torch.optim.AdamW(agent.parameters(), weight_decay=args.weight_decay, fused=True)
     for step in range(args.warmup_steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / args.warmup_steps)
         prompts = rng.choices(task.prompts, k=256)
-        answers = [[*task.demonstrate(prompt, rng), task.vocab[0]] for prompt in prompts]
-        padded = [answer + [task.vocab[0]] * (task.max_length - len(answer)) for answer in answers]
-        tokens, lengths = task.encode(padded), torch.tensor([[len(answer)] for answer in answers])
-        log_probs = score(agent, task.encode(prompts), tokens, 1.0).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        loss = -log_probs[torch.arange(task.max_length) < lengths].mean()  # cross-entropy, up to the end
+        answers, lengths = [], []
+        for prompt in prompts:
+            answer = [*task.demonstrate(prompt, rng), END]
+            answers.append(answer + [END] * (task.max_length - len(answer)))
+            lengths.append(len(answer))
+        tokens = task.encode(answers)
+        log_probs = score(agent, task.encode(prompts), tokens, group_size=1, temperature=1.0)
+        mask = torch.arange(task.max_length) < torch.tensor(lengths).unsqueeze(1)
+        log_prob = of_tokens(log_probs, {"tokens": tokens, "mask": mask})
+        loss = -log_prob[mask].mean()  # cross-entropy
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
-def train(args: Args, task: Task | None = None) -> tuple[Agent, list[dict]]:
-    """GRPO on a task, by default the one that args.task names, between two evaluations. Returns the agent and the rows
-    of summary.json. Raises UserError for bad input and NonFiniteError where a number becomes NaN or infinite."""
-    args, saved = load_run(Args, args.resume) if args.resume is not None else (replace(args), None)
+@contextlib.contextmanager
+def threads_restored():
+    """Sets PyTorch's number of threads back at the end, after an error or an interrupt too."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@threads_restored()
+def train(args: Args, task: Task | None = None) -> tuple[Agent, dict]:
+    """GRPO between two evaluations. Returns the agent and what summary.json says of the run.
+
+    task: one of your own; without it, args.task names one. Raises UserError for bad input, and
+    NonFiniteError where a number becomes NaN or infinite.
+    """
+    saved = None
+    if args.resume is not None:
+        args, saved = load_run(args.resume)
     task = choose_task(args, task)
+    args = check_args(args, task)
     torch.set_num_threads(args.threads)
+    dims = {"num_words": len(task.vocab), "length": len(task.prompts[0]) + task.max_length}
     torch.manual_seed(stream(args.seed, "weights"))
-    dims = len(task.vocab), len(task.prompts[0]) + task.max_length
-    agent, reference = Agent(*dims), Agent(*dims)
-    settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-    optimizer = torch.optim.AdamW(agent.parameters(), **settings, fused=True)
-    rng = {name: torch.Generator().manual_seed(stream(args.seed, name)) for name in ("prompts", "answers")}
-    restore(saved, agent=agent, reference=reference, optimizer=optimizer, **rng)
-    run = Run(args, {"task": task.name}, 1, saved)
-    if saved is None:
-        run.seconds["warmup"] = 0.0
-        with run.timed("warmup"):
-            warm_up(agent, task, args)
-        check_finite({"weights after the warm-up": nn.utils.parameters_to_vector(agent.parameters())}, 0)
-        reference.load_state_dict(agent.state_dict())
-        before = evaluate(agent, task, args)
-        state = {"update": 0, "global_step": 0, "transitions": [0], "diverged_at": [None], "before": before}
-        show("before training", before, args.pass_k)
-    else:
+    agent = Agent(**dims)
+    reference = Agent(**dims)
+    optimizer = torch.optim.AdamW(agent.parameters(), weight_decay=args.weight_decay, fused=True)
+    prompt_rng = torch.Generator().manual_seed(stream(args.seed, "prompts"))
+    answer_rng = torch.Generator().manual_seed(stream(args.seed, "answers"))
+
+    state = {"updates": 0, "transitions": 0, "diverged_at": None, "dims": dims}
+    parts = {
+        "agent": agent,
+        "reference": reference,
+        "optimizer": optimizer,
+        "prompt_rng": prompt_rng,
+        "answer_rng": answer_rng,
+    }
+    if saved is not None:
         state = saved["state"]
-    while state["update"] < args.num_updates:
+        restore(parts, saved)
+    who = {"seed": args.seed, "objective": args.objective}
+    run = Run(args, {"task": task.name}, who, saved)
+
+    if saved is None:
+        start = time.perf_counter()
+        warm_up(agent, task, args)
+        state["warmup_seconds"] = time.perf_counter() - start
+        weights = nn.utils.parameters_to_vector(agent.parameters())
+        check_finite({"weights after the warm-up": weights}, 0)
+        reference.load_state_dict(agent.state_dict())
+        state["before"] = evaluate(agent, task, args)
+        show("before training", state["before"], args.pass_k)
+
+    for iteration in range(state["updates"], args.num_updates):
         # ROLLOUT
-        rows = torch.randint(len(task.prompts), (args.num_prompts,), generator=rng["prompts"])
-        prompts = [task.prompts[row] for row in rows.tolist()]
-        batch = {"prompts": task.encode(prompts)}
-        with run.timed("policy"):
-            how = (args.group_size, task.max_length, args.temperature, rng["answers"])
-            batch |= sample(agent, batch["prompts"], *how)
-            with torch.no_grad():
-                batch["ref_log_probs"] = score(reference, batch["prompts"], batch["tokens"], args.temperature)
-        with run.timed("environment"):
-            rewards = verify(task, prompts, batch)
-        check_finite({"rewards": rewards}, state["update"] + 1)
+        rows = torch.randint(len(task.prompts), (args.num_prompts,), generator=prompt_rng)
+        questions = [task.prompts[row] for row in rows.tolist()]
+        prompts = task.encode(questions)
+        answers = sample(
+            agent, prompts, args.group_size, task.max_length, args.temperature, answer_rng
+        )
+        rewards = verify(task, questions, answers, args.group_size)
+        check_finite({"rewards": rewards}, iteration + 1)
 
         # ADVANTAGES
-        batch["advantages"] = group_advantages(rewards, args.baseline, args.scale_rewards).flatten()
+        advantages = group_advantages(rewards, args.baseline, args.scale_rewards)
+        with torch.no_grad():
+            ref_log_probs = score(
+                reference, prompts, answers["tokens"], args.group_size, args.temperature
+            )
+        batch = {
+            "prompts": prompts,
+            "tokens": answers["tokens"],
+            "mask": answers["mask"],
+            "advantages": advantages.flatten(),
+            "log_probs": answers["log_probs"],
+            "ref_log_probs": ref_log_probs,
+        }
 
         # UPDATE
-        lr = args.learning_rate * (1 - state["update"] / args.num_updates if args.anneal_lr else 1)
+        lr = args.learning_rate
+        if args.anneal_lr:
+            lr = lr * (1 - iteration / args.num_updates)
         optimizer.param_groups[0]["lr"] = lr
-        with run.timed("update"):
-            metrics = update(agent, optimizer, batch, task.max_length, args)
-        check_finite(metrics | {"weights": nn.utils.parameters_to_vector(agent.parameters())}, state["update"] + 1)
+        metrics = update(agent, optimizer, batch, task.max_length, args)
+        weights = nn.utils.parameters_to_vector(agent.parameters())
+        check_finite(metrics | {"weights": weights}, iteration + 1)
 
         # LOG
-        lengths = batch["mask"].sum(1)
-        episodes = zip(range(args.batch_size), rewards.flatten().tolist(), lengths.tolist(), strict=True)
-        run.record(state["global_step"], list(episodes))
-        state["update"] += 1
-        state["global_step"] += args.batch_size
-        state["transitions"][0] += int(lengths.sum())
-        losses = {name: metrics.pop(name) for name in ("policy_loss", "grad_norm", "kl_after_update")}
-        ended = (batch["tokens"] == 0).any(1)
-        run.log(state, [{"charts/learning_rate": lr} | group_metrics(rewards, lengths, ended) | metrics], [losses])
-        if args.ref_sync and state["update"] % args.ref_sync == 0:
+        lengths = answers["mask"].sum(1)
+        state["updates"] += 1
+        state["transitions"] += int(lengths.sum())
+        pairs = zip(rewards.flatten().tolist(), lengths.tolist(), strict=True)
+        episodes = [(row, reward, length) for row, (reward, length) in enumerate(pairs)]
+        losses = {name: metrics.pop(name) for name in LOSSES}
+        metrics = group_metrics(rewards, answers) | metrics
+        run.log(state["updates"], episodes, {"learning_rate": lr}, losses, **metrics)
+        if args.ref_sync and state["updates"] % args.ref_sync == 0:
             reference.load_state_dict(agent.state_dict())
-        if state["update"] % args.checkpoint_every == 0 or state["update"] == args.num_updates:
-            run.save(state, dims=dims, agent=agent, reference=reference, optimizer=optimizer, **rng)
+        if state["updates"] % args.checkpoint_every == 0 or state["updates"] == args.num_updates:
+            save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
     after = evaluate(agent, task, args)
     show("after training", after, args.pass_k)
-    for when, found in (("before", state["before"]), ("after", after)):
-        run.task |= {f"{name}_{when}": found[name] for name in ("pass@1", "pass@k")}  # for summary.json
-    run.task |= {"k": args.pass_k, "warmup_seconds": run.seconds["warmup"]}
-    return agent, run.finish(state, [after["returns"]])
+    run.task |= {  # for summary.json
+        "pass@1_before": state["before"]["pass@1"],
+        "pass@k_before": state["before"]["pass@k"],
+        "pass@1_after": after["pass@1"],
+        "pass@k_after": after["pass@k"],
+        "k": args.pass_k,
+        "warmup_seconds": state["warmup_seconds"],
+    }
+    return agent, run.finish(state, after["returns"])
 
 
 def evaluate(agent: Agent, task: Task, args: Args) -> dict:
-    """On held-out questions: the reward of the greedy answer to each ("returns"), pass@1, the share of greedy answers
-    that are right, pass@k, the share of questions to which one of k sampled answers is, and examples to print."""
-    prompts, rng = task.held_out[: args.eval_prompts], torch.Generator().manual_seed(stream(args.seed, "evaluation"))
-    ids = task.encode(prompts)
-    greedy = sample(agent, ids, 1, task.max_length, args.temperature)
-    sampled = sample(agent, ids, args.pass_k, task.max_length, args.temperature, rng)
-    returns, found = verify(task, prompts, greedy).flatten(), (verify(task, prompts, sampled) == 1).any(1)
+    """How the agent answers args.eval_prompts held-out questions.
+
+    returns: the reward of the greedy answer to each. pass@1: the share of greedy answers that are
+    right. pass@k: the share of questions with a right answer among args.pass_k samples. examples:
+    a few questions and greedy answers, to print.
+    """
+    questions = task.held_out[: args.eval_prompts]
+    prompts = task.encode(questions)
+    rng = torch.Generator().manual_seed(stream(args.seed, "evaluation"))
+    greedy = sample(agent, prompts, 1, task.max_length, args.temperature)
+    sampled = sample(agent, prompts, args.pass_k, task.max_length, args.temperature, rng)
+    returns = verify(task, questions, greedy, 1).flatten()
+    right = verify(task, questions, sampled, args.pass_k) == 1
     answers = task.decode(greedy["tokens"][:4], greedy["mask"][:4])
-    examples = [[" ".join(words) for words in pair] for pair in zip(prompts, answers, strict=False)]
-    passes = {"pass@1": (returns == 1).float().mean().item(), "pass@k": found.float().mean().item()}
-    return {"returns": returns.tolist(), "examples": examples} | passes
+    examples = []
+    for question, answer, reward in zip(questions, answers, returns, strict=False):
+        examples.append(f"{' '.join(question)} -> {' '.join(answer)}  (reward {reward:.2f})")
+    return {
+        "returns": returns.tolist(),
+        "examples": examples,
+        "pass@1": (returns == 1).float().mean().item(),
+        "pass@k": right.any(1).float().mean().item(),
+    }
 
 
-# ---------------------------------------------------------------------------------------------------- AROUND THE RUN
-# The same text in every script of this repository: run folder, logging, checkpoint and resume, seeding, errors.
+def load_agent(run_dir: str, task: Task | None = None) -> tuple[Agent, Task, Args]:
+    """The trained agent of a run folder, its task and its flags. Raises UserError.
+
+    task: the one that was handed to train(), if it was one of your own.
+    """
+    args, saved = load_run(run_dir)
+    if saved is None:
+        raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
+    task = choose_task(args, task)
+    agent = Agent(**saved["state"]["dims"])
+    agent.load_state_dict(saved["agent"])
+    return agent, task, args
 
 
-CLOCKS = ("environment", "policy", "update")
+# --------------------------------------------------------------------------------------- REPORTS
+def group_metrics(rewards: Tensor, answers: dict[str, Tensor]) -> dict[str, float | None]:
+    """What a batch of answers looks like: rewards [P, G], and the answers from sample().
+
+    reward_std is that of all rewards, whatever --scale-rewards is. A mean length is None where
+    there is no such answer.
+    """
+    lengths = answers["mask"].sum(1)
+    ended = (answers["tokens"] == END_ID).any(1)
+    right = rewards == 1
+    equal = rewards.amax(1) == rewards.amin(1)
+
+    def mean_length(where: Tensor) -> float | None:
+        return lengths[where].float().mean().item() if where.any() else None
+
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        "frac_right": right.float().mean().item(),
+        "frac_reward_zero_std": equal.float().mean().item(),
+        "frac_all_right": right.all(1).float().mean().item(),
+        "frac_all_wrong": (~right).all(1).float().mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": (~ended).float().mean().item(),
+        "completions/mean_length": lengths.float().mean().item(),
+        "completions/mean_terminated_length": mean_length(ended),
+        "completions/mean_right_length": mean_length(right.flatten()),
+        "completions/mean_wrong_length": mean_length(~right.flatten()),
+    }
 
 
+LOSSES = ("policy_loss", "grad_norm", "kl_after_update")  # get the prefix losses/
+
+
+def show(when: str, found: dict, k: int) -> None:
+    """Print what evaluate() found, and a few greedy answers."""
+    passes = f"pass@1 {found['pass@1']:.1%}, pass@{k} {found['pass@k']:.1%}"
+    lines = [f"{when}: {passes} of held-out questions", *found["examples"]]
+    tqdm.write("\n  ".join(lines))  # print() would tear the progress bar
+
+
+# ----------------------------------------------------------------------------------------- FLAGS
+EVALUATION_FLAGS = ("eval_prompts", "pass_k")  # go beside --evaluate
+LIMITS = {
+    (0, 2**31 - 1): ["seed"],
+    (1, 10**12): ["total_timesteps"],
+    (0, 10**9): ["warmup_steps", "ref_sync"],
+    (1, 10**9): ["checkpoint_every", "eval_prompts"],
+    (1, 2**16): ["num_prompts", "num_iterations"],
+    (2, 2**16): ["group_size"],
+    (1, 2**11): ["pass_k"],
+    (1, 2**10): ["threads"],
+    (1e-3, 1e12): ["temperature"],
+    (0, 1e12): ["kl_coef", "weight_decay"],
+    (1e-12, 1 - 1e-6): ["clip_low"],
+    (1e-12, 1e12): ["clip_high", "learning_rate"],
+    (1e-12, math.inf): ["max_grad_norm"],
+}
+
+
+def parse_args(argv: list[str]) -> Args:
+    """The command line. Where it is wrong, tyro says so in a box and exits with code 2."""
+    args = tyro.cli(Args, args=argv)
+    check_alone(argv)
+    return args
+
+
+def check_args(args: Args, task: Task) -> Args:
+    """A copy of the flags, to work with: what was None is as the task says. Raises UserError."""
+    args = replace(args, task=task.name)
+    if args.total_timesteps is None:
+        args.total_timesteps = task.total_timesteps
+    if args.warmup_steps is None:
+        args.warmup_steps = task.warmup_steps
+    for (low, high), names in LIMITS.items():
+        for name in names:
+            given = getattr(args, name)
+            if not low <= given <= high:  # NaN is in no interval
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} must be between {low} and {high}, not {given}")
+    if args.batch_size > 10**6:
+        size = f"a batch of {args.batch_size} answers"
+        raise UserError(f"{size} is too large; lower --num-prompts or --group-size")
+    if args.ratio != "token" and args.loss_agg != "grpo":
+        what = "one ratio per answer, so the loss is the mean of answers; leave --loss-agg out"
+        raise UserError(f"--ratio {args.ratio} gives {what}")
+    if args.warmup_steps > 0 and task.demonstrate is None:
+        what = f"the task {task.name} demonstrates nothing; leave the flag out"
+        raise UserError(f"--warmup-steps: {what}")
+    return args
+
+
+def choose_task(args: Args, task: Task | None) -> Task:
+    """`task`, or the one that args.task names, checked. Raises UserError."""
+    if task is None:
+        if args.task not in TASKS:
+            names = " or ".join(TASKS)
+            what = "hand a task of your own to train() or load_agent()"
+            raise UserError(f"--task must be {names}, not {args.task!r}; {what}")
+        task = TASKS[args.task]()
+    if args.resume is not None and args.task != task.name:
+        raise UserError(f"{args.resume} is a run on the task {args.task!r}, not {task.name!r}")
+    if task.vocab[: END_ID + 1] != [END]:
+        raise UserError(f"Task.vocab must begin with {END!r}, not with {task.vocab[:1]}")
+    return task
+
+
+@threads_restored()
+def evaluate_run(args: Args) -> None:
+    """--evaluate: evaluate the run of a folder, print it, and write evaluation.json there."""
+    agent, task, trained = load_agent(args.evaluate)
+    options = {name: getattr(args, name) for name in EVALUATION_FLAGS}
+    trained = check_args(replace(trained, **options), task)
+    torch.set_num_threads(trained.threads)
+    found = evaluate(agent, task, trained)
+    result = {
+        "seed": trained.seed,
+        "objective": trained.objective,
+        "k": trained.pass_k,
+        "pass@1": found["pass@1"],
+        "pass@k": found["pass@k"],
+        "eval_return_mean": float(np.mean(found["returns"])),
+        "eval_return_std": float(np.std(found["returns"])),
+        "returns": found["returns"],
+    }
+    path = Path(args.evaluate, "evaluation.json")
+    write_file(path, json.dumps([result], indent=2).encode())
+    show(args.evaluate, found, trained.pass_k)
+
+
+# -------------------------------------------------------------------------------- AROUND THE RUN
+# The same text in all scripts: random streams, run folder, log, checkpoint and resume, errors.
 class UserError(Exception):
-    """Something the user can mend: main() prints it as one line and exits with code 2."""
+    """Something the user can mend: main() prints one line and exits with code 2."""
 
 
 class NonFiniteError(Exception):
-    """A number became NaN or infinite: main() prints it as one line and exits with code 3."""
+    """A number became NaN or infinite: main() prints one line and exits with code 3."""
 
 
 def check_finite(named: dict, update: int) -> None:
-    """Raises NonFiniteError, with the name and the update, unless every number in `named` is finite."""
+    """Raises NonFiniteError, with name and update, unless every number in `named` is finite."""
     for name, x in named.items():
         if not torch.isfinite(torch.as_tensor(x)).all():
-            raise NonFiniteError(f"{name} not finite in update {update}; the run stopped; any checkpoint is older")
+            raise NonFiniteError(f"{name} not finite in update {update}; checkpoints are older")
 
 
 def stream(seed: int, name: str, index: int = 0) -> int:
-    """The seed of one random stream of a run: a hash, so that all streams are independent. Below 2^30 - 2^20, so that
-    up to 2^20 environments can count on from it and evaluation, from 2^30 on, meets none of their seeds."""
+    """The seed of one random stream of a run: a hash, so that no two streams are related.
+
+    It is below 2^30 - 2^20. So the seeds of up to 2^20 environments, which count on from it, stay
+    below 2^30, where those of the evaluation begin.
+    """
     key = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
     return int.from_bytes(key[:8], "little") % (2**30 - 2**20)
 
@@ -574,376 +937,261 @@ def write_file(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """What Run.save wrote: a torch file and the SHA-256 of its bytes. Nothing in it is ever executed.
+def save_checkpoint(path: Path, saved: dict) -> None:
+    """A torch file and its SHA-256."""
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    write_file(path, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+
+
+def load_checkpoint(path: Path, script: str = Path(__file__).stem) -> dict:
+    """What save_checkpoint wrote. Nothing in it is ever executed.
 
     Raises UserError where the file is damaged, hostile or another script's.
     """
     data = path.read_bytes()
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise UserError(f"{path} is truncated or damaged; restore it from a copy or start the run again")
+        raise UserError(f"{path} is truncated or damaged; restore a copy, or start the run again")
     try:
         saved = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-        script, *_ = (saved[name] for name in ("script", "args", "state", "seconds", "recent", "lengths"))
-    except Exception as reason:  # whatever the unpickler meets in a file of unknown origin
-        raise UserError(f"{path} is not a checkpoint of this repository") from reason
-    if script != Path(__file__).stem:
-        raise UserError(f"{path} was written by {script}.py, not by {Path(__file__).name}")
+        complete = {"script", "args"} <= saved.keys()
+    except Exception:  # whatever the unpickler meets in a file of unknown origin
+        complete = False
+    if not complete:
+        raise UserError(f"{path} is not a checkpoint of this repository")
+    if saved["script"] != script:
+        raise UserError(f"{path} was written by {saved['script']}.py, not by {script}.py")
     return saved
 
 
-def restore(saved: dict | None, **parts) -> None:
-    """Put what Run.save took from modules, optimizers and generators back into them, if anything was saved."""
-    for name, part in parts.items() if saved else ():
-        part.set_state(saved[name]) if isinstance(part, torch.Generator) else part.load_state_dict(saved[name])
-
-
-def load_run(cls: type, run_dir: str) -> tuple[Args, dict | None]:
-    """The flags of a run folder and its checkpoint, None where none has been written yet. Raises UserError."""
+def load_run(run_dir: str) -> tuple[Args, dict | None]:
+    """The flags of a run folder, and its checkpoint if there is one. Raises UserError."""
     path = Path(run_dir)
     try:
         config = json.loads((path / "config.json").read_text())
-        if config["script"] != Path(__file__).stem:
-            raise UserError(f"{run_dir} is a run of {config['script']}.py, not of {Path(__file__).name}")
-        args = cls(**config["args"])
-        saved = load_checkpoint(path / "checkpoint.pt") if (path / "checkpoint.pt").exists() else None
-    except (OSError, ValueError, KeyError, TypeError) as reason:
+        script, flags = config["script"], config["args"]
+        unknown = ", ".join(sorted(flags.keys() - asdict(Args()).keys()))
+        exists = (path / "checkpoint.pt").exists()
+        saved = load_checkpoint(path / "checkpoint.pt") if exists else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise UserError(f"{run_dir} is not a run folder that can be read: {reason}") from reason
-    if saved is not None and saved["args"] != config["args"]:
-        raise UserError(f"{path / 'config.json'} has changed since the checkpoint was written; undo the change")
-    args.run_dir = args.resume = str(path)
-    return args, saved
+    if script != Path(__file__).stem:
+        raise UserError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
+    if unknown:
+        made = "made by another version or by benchmark/lockstep.py"
+        raise UserError(f"{run_dir} was {made}: this script has no flags {unknown}")
+    if saved is not None and "updates" not in saved.get("state", {}):
+        raise UserError(f"{run_dir} was made by another version of {script}.py")
+    if saved is not None and saved["args"] != flags:
+        raise UserError(f"{path}/config.json has changed since the checkpoint; undo the change")
+    return Args(**flags | {"run_dir": run_dir, "resume": run_dir}), saved
+
+
+def restore(parts: dict, saved: dict) -> None:
+    """Put into modules, optimisers and generators what Run.checkpoint took from them."""
+    for name, part in parts.items():
+        load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
+        load(saved[name])
 
 
 class Run:
-    """A run's folder, clock, progress bar and Weights & Biases mirror.
+    """The folder of a run, its progress bar and its Weights & Biases mirror.
 
-    task: the summary's first entry, such as {"env_id": ...}; args.agents: a dict per agent that names it, seed first;
-    safest: the fewest updates between checkpoints that leave reported returns as they are, and the default;
-    saved: the checkpoint to go on from.
+    task: {"env_id": ...}. who: {"seed": ..., "objective": ...}, which every row of a CSV repeats.
     """
 
-    def __init__(self, args: Args, task: dict, safest: int, saved: dict | None):
-        self.task, self.agents, (self.title,) = task, args.agents, task.values()
-        args.checkpoint_every = args.checkpoint_every or safest
-        self.recent = saved["recent"] if saved else [[] for _ in self.agents]  # of the last 100 episodes
-        # first: up to the end of the first update of each process, with any compilation; starts: how many these were
-        self.seconds = saved["seconds"] if saved else dict.fromkeys(("wall", "first", "starts", *CLOCKS), 0.0)
-        self.started, self.settled = time.perf_counter() - self.seconds["wall"], False
+    hide_bar = None  # as tqdm takes it: hide it where there is no terminal
 
-        script, seeds = Path(__file__).stem, "-".join(dict.fromkeys(str(agent["seed"]) for agent in self.agents))
-        stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-        self.path = Path(args.run_dir or "runs/" + re.sub(r"[/:]", "-", f"{self.title}__{script}__{seeds}__{stamp}"))
-        self.config = json.loads(json.dumps(asdict(args) | {"run_dir": None, "resume": None}))  # as it is read back
+    def __init__(self, args: Args, task: dict, who: dict, saved: dict | None):
+        self.task = task
+        self.who = who
+        self.batch_size = args.batch_size
+        (self.title,) = task.values()
+        self.flags = json.loads(json.dumps(asdict(args) | {"run_dir": None, "resume": None}))
+        self.recent = saved["recent"] if saved else []  # [return, length] of the last 100 episodes
+        self.started = time.perf_counter()
+        self.seconds_before = saved["seconds"] if saved else 0.0  # of earlier processes
+        self.seconds = self.seconds_before  # until the end of the last update
+        self.sps = saved["sps"] if saved else None
+        self.warm = None  # time and step when the first update, which may compile, was over
+        name = f"{self.title}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}"))
         if args.track:
-            import wandb  # a second of start-up that only --track pays
-
-            try:
-                wandb.login()
-            except wandb.Error as reason:
-                raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
+            call_wandb("login")
         try:
             if not args.resume:
-                self.path.mkdir(parents=True, exist_ok=True)
-                if any(self.path.iterdir()):
-                    raise UserError(f"{self.path} is not empty; choose another --run-dir, or --resume {self.path}")
-                write_file(self.path / "config.json", json.dumps(self.provenance(), indent=2).encode())
+                self.create_folder()
             self.files = {}
-            for name, length in (saved["lengths"] if saved else {"metrics.csv": 0, "episodes.csv": 0}).items():
-                self.files[name] = open(self.path / name, "r+" if saved else "w", newline="")  # noqa: SIM115
-                if self.files[name].seek(0, os.SEEK_END) < length:
-                    raise UserError(f"{self.path / name} is shorter than when the checkpoint was written; start again")
-                self.files[name].seek(length)
-                self.files[name].truncate()  # rows later than the checkpoint will be written again
+            for name in ("metrics.csv", "episodes.csv"):
+                file = open(self.path / name, "r+" if saved else "w", newline="")  # noqa: SIM115
+                length = saved["lengths"][name] if saved else 0
+                if file.seek(0, os.SEEK_END) < length:
+                    raise UserError(f"{self.path}/{name} is shorter than at the checkpoint")
+                file.seek(length)
+                file.truncate()  # the rows after the checkpoint will be written again
+                self.files[name] = file
         except OSError as reason:
-            raise UserError(f"cannot write to {reason.filename or self.path}: {reason.strerror}") from reason
-        if 0 < args.checkpoint_every < min(safest, args.num_updates):
-            print(f"note: --checkpoint-every below {safest} biases reported returns to short episodes", file=sys.stderr)
-        self.writers = {name: csv.writer(file, lineterminator="\n") for name, file in self.files.items()}
-        self.mirrors = self.mirror(args.wandb_project) if args.track else []
-        steps, done = args.batch_size * args.num_updates, saved["state"]["global_step"] if saved else 0
-        self.bar = tqdm(total=steps, initial=done, desc=self.title, unit=" steps", unit_scale=True, disable=None)
+            where = reason.filename or self.path
+            raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
+        self.wandb = None
+        if args.track:
+            start = (self.path / "config.json").read_bytes()  # names this run, and stays the same
+            key = hashlib.sha256(start + os.fsencode(self.path)).hexdigest()[:32]
+            where = {"project": args.wandb_project, "name": self.path.name, "dir": self.path}
+            self.wandb = call_wandb("init", **where, id=key, resume="allow", config=self.flags)
+        done = saved["state"]["updates"] * args.batch_size if saved else 0
+        steps = args.num_updates * args.batch_size
+        self.bar = tqdm(
+            total=steps, initial=done, desc=self.title, unit_scale=True, disable=self.hide_bar
+        )
 
-    def provenance(self) -> dict:
-        """What config.json holds."""
-        here = Path(__file__).resolve()
-        command = ["git", "-C", str(here.parent), "status", "--porcelain=v2", "--branch", "--", here.name]
-        try:
-            said = subprocess.run(command, capture_output=True, text=True).stdout
-        except OSError:  # no git on this machine
-            said = ""
-        commit = re.search(r"^# branch.oid ([0-9a-f]{40,})$", said, re.M)
-        commit = commit and commit[1] + "-dirty" * bool(re.search("^[^#]", said, re.M))  # this script has changes
-        used = [name for name in ("torch", "numpy", "gymnasium", "envpool", "tyro") if name in sys.modules]
-        versions = {name: version(name) for name in used}
-        versions["python"], now = sys.version.split()[0], datetime.datetime.now().isoformat(timespec="seconds")
-        return {"script": here.stem, "args": self.config, "versions": versions, "git_commit": commit, "started": now}
+    def create_folder(self) -> None:
+        """A new folder with config.json in it. Raises UserError where the folder is not empty."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if any(self.path.iterdir()):
+            what = f"choose another --run-dir, or --resume {self.path}"
+            raise UserError(f"{self.path} is not empty; {what}")
+        packages = ("torch", "numpy", "gymnasium", "envpool", "tyro")
+        versions = {name: version(name) for name in packages if name in sys.modules}
+        config = {
+            "script": Path(__file__).stem,
+            "args": self.flags,
+            "versions": versions | {"python": sys.version.split()[0]},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }
+        write_file(self.path / "config.json", json.dumps(config, indent=2).encode())
 
-    def mirror(self, project: str) -> list:
-        """One Weights & Biases run per agent."""
-        import wandb
+    def write_row(self, name: str, row: dict) -> None:
+        """A row of a CSV; the first one goes under a header."""
+        writer = csv.writer(self.files[name], lineterminator="\n")
+        if self.files[name].tell() == 0:
+            writer.writerow(row)
+        writer.writerow(row.values())
 
-        runs, where = [], {"project": project, "group": self.path.name, "dir": self.path, "reinit": "create_new"}
-        start = (self.path / "config.json").read_bytes()  # flags and the time: no other run's, and kept by --resume
-        for agent in self.agents:
-            name = "__".join(re.sub(r"[^\w.=-]", "-", str(part)) for part in (self.path.name, *agent.values()))
-            where["id"] = hashlib.sha256(start + name.encode()).hexdigest()[:32]
-            try:
-                runs.append(wandb.init(name=name, resume="allow", config=self.config | agent, **where))
-            except wandb.Error as reason:
-                raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
-        return runs
+    def log(self, update: int, episodes: list, charts: dict, losses: dict, **more) -> None:
+        """The metrics of an update, and its episodes: (row in the batch, return, length) each.
 
-    @contextlib.contextmanager
-    def timed(self, name: str):
-        """Add the seconds spent inside to self.seconds[name]."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-    def record(self, global_step: int, episodes: list[tuple[int, float, int]], agent: int = 0) -> None:
-        """Take (rows after global_step, return, length) of each finished episode into episodes.csv and the means."""
-        if self.files["episodes.csv"].tell() == 0:
-            self.writers["episodes.csv"].writerow(["global_step", *self.agents[agent], "return", "length"])
-        for row, ret, length in episodes:
-            self.writers["episodes.csv"].writerow([global_step + row + 1, *self.agents[agent].values(), ret, length])
-        self.recent[agent] = (self.recent[agent] + [[ret, length] for _, ret, length in episodes])[-100:]
-
-    def log(self, state: dict, charts: list[dict], losses: list[dict]) -> None:
-        """One row per agent in metrics.csv; None, and a mean over no episode, are left empty."""
-        before, self.seconds["wall"] = self.seconds["wall"], time.perf_counter() - self.started
-        if not self.settled:
-            self.seconds["first"] += self.seconds["wall"] - before
-            self.seconds["starts"] += 1
-            gc.collect()  # all that exists after an update stays; searching it for garbage again cost 4% of a run
-            gc.freeze()
-            self.settled = True
-        for i, agent in enumerate(self.agents):
-            returns, lengths = zip(*self.recent[i], strict=True) if self.recent[i] else ((), ())
-            row = {"charts/episodic_return": np.mean(returns).item() if returns else None}
-            row["charts/episodic_length"] = np.mean(lengths).item() if lengths else None
-            row["charts/SPS"] = state["global_step"] * len(self.agents) / self.seconds["wall"]
-            row |= charts[i] | {f"losses/{name}": value for name, value in losses[i].items()}
-            where = {"update": state["update"], "global_step": state["global_step"]} | agent
-            if self.files["metrics.csv"].tell() == 0:
-                self.writers["metrics.csv"].writerow(where | row)
-            self.writers["metrics.csv"].writerow((where | row).values())
-            if self.mirrors:
-                logged = {name: value for name, value in row.items() if value is not None}
-                self.mirrors[i].log(logged, step=state["global_step"])
+        more: metrics by their whole names.
+        """
+        step = update * self.batch_size
+        for row, episode_return, length in episodes:
+            where = {"global_step": step - self.batch_size + row + 1} | self.who
+            self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
+            self.recent.append([episode_return, length])
+        self.recent = self.recent[-100:]
+        mean_return, mean_length = np.mean(self.recent, 0).tolist() if self.recent else (None, None)
+        now = time.perf_counter()
+        self.seconds = self.seconds_before + now - self.started
+        if self.warm is None:
+            self.warm = now, step
+            self.sps = self.batch_size / (now - self.started)
+        else:
+            self.sps = (step - self.warm[1]) / (now - self.warm[0])
+        row = {
+            "charts/episodic_return": mean_return,  # an empty cell where no episode has ended yet
+            "charts/episodic_length": mean_length,
+            "charts/SPS": self.sps,
+        }
+        row |= {f"charts/{name}": value for name, value in charts.items()}
+        row |= {f"losses/{name}": value for name, value in losses.items()}
+        row |= more
+        where = {"update": update, "global_step": step}
+        self.write_row("metrics.csv", where | self.who | row)
         for file in self.files.values():
             file.flush()
-        means = [np.mean([ret for ret, _ in recent]) for recent in self.recent if recent]
-        kls = [row["kl_after_update"] for row in losses if row["kl_after_update"] is not None]
-        shown = [f"return {np.mean(means):.1f}"] if means else []
-        shown += [f"KL {np.mean(kls):.4f}"] if kls else []
-        self.bar.set_postfix_str(", ".join(shown), refresh=False)
-        self.bar.update(state["global_step"] - self.bar.n)
+        if self.wandb is not None:
+            self.wandb.log({k: x for k, x in row.items() if x is not None}, step=step)
+        shown = {"return": mean_return, "KL": losses["kl_after_update"]}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(self.batch_size)
 
-    def save(self, state: dict, **parts) -> None:
-        """Write checkpoint.pt: the loop's state, where the CSVs stand, and the state of every part."""
-        for file in self.files.values():
+    def checkpoint(self, state: dict, parts: dict) -> dict:
+        """What --resume needs: the state of the loop and of every part, the lengths of the CSVs."""
+        saved = {"script": Path(__file__).stem, "args": self.flags, "state": state}
+        saved |= {"recent": self.recent, "seconds": self.seconds, "sps": self.sps, "lengths": {}}
+        for name, file in self.files.items():
             os.fsync(file.fileno())
-        saved = {"script": Path(__file__).stem, "args": self.config, "state": state, "seconds": self.seconds}
-        saved |= {"recent": self.recent, "lengths": {name: file.tell() for name, file in self.files.items()}}
+            saved["lengths"][name] = file.tell()
         for name, part in parts.items():
-            take = getattr(part, "get_state", None) or getattr(part, "state_dict", None)
-            saved[name] = take() if take else part
-        buffer = io.BytesIO()
-        torch.save(saved, buffer)
-        write_file(self.path / "checkpoint.pt", buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+            take = part.get_state if isinstance(part, torch.Generator) else part.state_dict
+            saved[name] = take()
+        return saved
 
-    def finish(self, state: dict, returns: list[list[float]]) -> list[dict]:
-        """Write summary.json from the evaluation's returns, one list per agent, and say how each agent did."""
+    def finish(self, state: dict, returns: list[float]) -> dict:
+        """Write summary.json, with the returns of the evaluation, and say how the run did."""
         self.bar.close()
-        gc.unfreeze()
-        rows, wall = [], self.seconds["wall"]
-        steps = state["global_step"] * len(self.agents)
-        timed = steps * (1 - self.seconds["starts"] / state["update"]), wall - self.seconds["first"]
-        for i, (agent, recent, evaluated) in enumerate(zip(self.agents, self.recent, returns, strict=True)):
-            row = self.task | agent | {"total_timesteps": state["global_step"], "transitions": state["transitions"][i]}
-            row |= {"wall_seconds": wall, "seconds": {name: self.seconds[name] for name in CLOCKS}}
-            row |= {"sps": timed[0] / timed[1] if timed[1] > 0 else steps / wall}
-            row |= {"last_100_return": np.mean([ret for ret, _ in recent]).item() if recent else None}
-            row |= {"eval_return_mean": np.mean(evaluated).item(), "eval_return_std": np.std(evaluated).item()}
-            rows.append(row | {"eval_episodes": len(evaluated), "diverged_at": state["diverged_at"][i]})
-        write_file(self.path / "summary.json", json.dumps(rows, indent=2).encode())
-        for mirror, row in zip(self.mirrors, rows, strict=False):
-            mirror.summary.update(row)
-            mirror.finish()
         for file in self.files.values():
             file.close()
-        for agent, row in zip(self.agents, rows, strict=True):
-            who = " ".join(f"{name} {value}" for name, value in agent.items())
-            score = f"{row['eval_return_mean']:.1f} +- {row['eval_return_std']:.1f} in {row['eval_episodes']} episodes"
-            cost = f"{state['global_step']:,} steps in {wall:.1f} s"
-            print(f"{self.title}, {who}: evaluation {score}; {cost}; {self.path}")
-        return rows
+        steps = state["updates"] * self.batch_size
+        summary = {
+            **self.task,
+            **self.who,
+            "total_timesteps": steps,
+            "transitions": state["transitions"],
+            "wall_seconds": self.seconds,
+            "sps": self.sps,
+            "last_100_return": float(np.mean(self.recent, 0)[0]) if self.recent else None,
+            "eval_return_mean": float(np.mean(returns)),
+            "eval_return_std": float(np.std(returns)),
+            "eval_episodes": len(returns),
+            "diverged_at": state["diverged_at"],
+        }
+        write_file(self.path / "summary.json", json.dumps([summary], indent=2).encode())
+        if self.wandb is not None:
+            self.wandb.summary.update(summary)
+            self.wandb.finish()
+        how = f"{self.who['objective']}, seed {self.who['seed']}: {describe(returns)}"
+        print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.path}")
+        return summary
 
 
-def parse_args(cls: type, argv: list[str]) -> Args:
-    """The command line as an object of `cls`. Raises UserError, with what tyro says on it, in one line."""
-    told = io.StringIO()
+def describe(returns: list[float]) -> str:
+    """The returns of an evaluation in words."""
+    mean, std = np.mean(returns), np.std(returns)
+    return f"evaluation {mean:.1f} +- {std:.1f} in {len(returns)} episodes"
+
+
+def call_wandb(name: str, /, **options):
+    """wandb.login or wandb.init. Raises UserError where there is no account or no network."""
+    import wandb  # a second of start-up that only --track pays
+
     try:
-        with contextlib.redirect_stderr(told):
-            args = tyro.cli(cls, args=argv)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = "\n".join(line.strip(" │") for line in told.getvalue().splitlines()[1:])  # without the box's title
-        complaint, *rest = (" ".join(part.split()) for part in re.split("(?m)^[─-]{4,}$", lines) if part.strip())
-        hint = re.search(r"(?:Perhaps you meant|Arguments similar to \S+): (--[\w-]+)", " ".join(rest))
-        raise UserError(complaint + (f"; did you mean {hint[1]}?" if hint else "")) from stop
-    flags = {flag.partition("=")[0].replace("_", "-").replace("--no-", "--") for flag in argv if flag.startswith("--")}
-    names = ["--" + name.replace("_", "-") for name in cls.__dataclass_fields__]
-    own = set(names[names.index("--evaluate") + 1 :])  # the flags of an evaluation are declared last
-    for alone, beside in (("--resume", set()), ("--evaluate", own)):
-        if alone in flags and (extra := sorted(flags - beside - {alone})):
-            raise UserError(f"{extra[0]} cannot stand beside {alone}: the run's own config.json decides")
-    return args
+        return getattr(wandb, name)(**options)
+    except wandb.Error as reason:
+        raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
 
 
-# ------------------------------------------------------------------------------------------------- A SECOND TASK
-OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul), "/": (2, operator.truediv)}
+def check_alone(argv: list[str]) -> None:
+    """Raises UserError for a flag beside --resume or --evaluate: config.json decides there."""
+    words = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    flags = [word[2:].removeprefix("no-").replace("-", "_") for word in words]
+    for alone, allowed in (("resume", ()), ("evaluate", EVALUATION_FLAGS)):
+        for flag, word in zip(flags, words, strict=True):
+            if alone in flags and flag not in (alone, *allowed):
+                raise UserError(f"{word} cannot stand beside --{alone}: config.json decides")
 
 
-def value(words: list[str], rank: int = 0) -> Fraction:
-    """The exact value of the infix expression that `words` begin with, as far as its operators are of this rank or
-    above; takes it off `words`, which END must follow. Raises ValueError where there is none, ZeroDivisionError."""
-    if (word := words.pop(0)) == "(":
-        result = value(words)
-        if words.pop(0) != ")":
-            raise ValueError("a bracket is not closed")
+def command(argv: list[str]) -> None:
+    """Train, or evaluate, as the command line says."""
+    args = parse_args(argv)
+    if args.evaluate is None:
+        train(args)
     else:
-        result = Fraction(int(word))  # ValueError for all that is no number
-    while words[0] in OPERATORS and OPERATORS[words[0]][0] >= rank:
-        own, function = OPERATORS[words.pop(0)]
-        result = function(result, value(words, own + 1))
-    return result
+        evaluate_run(args)
 
 
-def verify_countdown(prompt: list[str], answer: list[str]) -> float:
-    """1 for an expression that has each of the three numbers once and the target as its value; up to 1/2, more the
-    nearer it comes, for one that misses the target by less than 10; 0 for all else."""
-    *numbers, target = prompt
-    if answer[-1] != END or sorted(word for word in answer if word.isdigit()) != sorted(numbers):
-        return 0.0
-    words = list(answer)
-    try:
-        distance = float(abs(value(words) - int(target)))
-    except (ValueError, ZeroDivisionError):
-        return 0.0
-    if words != [END]:
-        return 0.0
-    return max(0.0, 0.5 - distance / 20) if distance else 1.0
-
-
-def random_expression(prompt: list[str], rng: random.Random) -> list[str]:
-    """The three numbers of a question in any order, with any operators, with or without brackets."""
-    (a, b, c), (x, y) = rng.sample(prompt[:3], 3), rng.choices("+-*/", k=2)
-    return rng.choice([[a, x, b, y, c], ["(", a, x, b, ")", y, c], [a, x, "(", b, y, c, ")"]])
-
-
-def countdown_task(largest: int = 12, highest: int = 40) -> Task:
-    """From "2 3 7 13" to "7 + 3 * 2 <end>", or any other expression of 2, 3 and 7 that equals 13.
-
-    Every target is the value of a random expression. The answers of the warm-up are random expressions of a question's
-    numbers, whatever its target: they teach what an expression is, and nothing about arithmetic. Three numbers and a
-    target that are held out are never asked for in training."""
-    rng, prompts = random.Random(0), []
-    while len(prompts) < 40_000:
-        numbers = [str(n) for n in sorted(rng.choices(range(1, largest + 1), k=3))]
-        with contextlib.suppress(ZeroDivisionError):
-            target = value([*random_expression(numbers, rng), END])
-            if target.denominator == 1 and 0 <= target <= highest:
-                prompts.append([*numbers, str(target)])
-    prompts, held_out = split(prompts, key=list)
-    vocab = [END, *"+-*/()", *map(str, range(max(largest, highest) + 1))]
-    return Task("countdown", vocab, prompts, held_out, 8, verify_countdown, 500_000, 500, random_expression)
-
-
-TASKS = {"sort": sort_task, "countdown": countdown_task}
-
-
-# --------------------------------------------------------------------------------------------------------- REPORTS
-def group_metrics(rewards: Tensor, lengths: Tensor, ended: Tensor) -> dict:
-    """What a batch of answers looks like, by TRL's names where TRL has one: rewards [P, G], lengths and ended [N].
-    reward_std is of all rewards, frac_reward_zero_std of groups, whatever --scale-rewards is."""
-
-    def mean(x: Tensor, where: Tensor) -> float | None:
-        return x[where].float().mean().item() if where.any() else None
-
-    right, everything = rewards == 1, torch.ones_like(ended)
-    metrics = {"reward": rewards.mean(), "reward_std": rewards.std(), "frac_right": right.float().mean()}
-    metrics["frac_reward_zero_std"] = (rewards.amax(1) == rewards.amin(1)).float().mean()
-    metrics |= {"frac_all_right": right.all(1).float().mean(), "frac_all_wrong": (~right).all(1).float().mean()}
-    metrics |= {"completions/min_length": lengths.min(), "completions/max_length": lengths.max()}
-    metrics["completions/clipped_ratio"] = (~ended).float().mean()
-    where = {"": everything, "_terminated": ended, "_right": right.flatten(), "_wrong": ~right.flatten()}
-    means = {f"completions/mean{name}_length": mean(lengths, rows) for name, rows in where.items()}
-    return {name: x.item() for name, x in metrics.items()} | means
-
-
-def show(when: str, found: dict, k: int) -> None:
-    """Print what evaluate() found, and a few greedy answers, so that a person sees what is learned."""
-    told = f"{when}: pass@1 {found['pass@1']:.1%}, pass@{k} {found['pass@k']:.1%} of held-out questions"
-    examples = zip(found["examples"], found["returns"], strict=False)
-    lines = [f"  {prompt} -> {answer}  (reward {reward:.2f})" for (prompt, answer), reward in examples]
-    tqdm.write("\n".join([told, *lines]))
-
-
-# -------------------------------------------------------------------------------------------------------- COMMANDS
-def choose_task(args: Args, task: Task | None = None) -> Task:
-    """`task`, or the one that args.task names; puts its name and its numbers into `args`, and checks both. Raises
-    UserError."""
-    if task is None and args.task not in TASKS:
-        raise UserError(f"--task must be {' or '.join(TASKS)}, not {args.task!r}; others can be handed to train()")
-    task = task or TASKS[args.task]()
-    if args.resume is not None and args.task != task.name:
-        raise UserError(f"{args.resume} is a run on the task {args.task!r}, not {task.name!r}")
-    args.task = task.name
-    args.total_timesteps = task.total_timesteps if args.total_timesteps is None else args.total_timesteps
-    args.warmup_steps = task.warmup_steps if args.warmup_steps is None else args.warmup_steps
-    args.check()
-    if args.warmup_steps and task.demonstrate is None:
-        raise UserError(f"--warmup-steps: the task {task.name} demonstrates nothing; leave the flag out")
-    return task
-
-
-def load_agent(run_dir: str, task: Task | None = None) -> tuple[Agent, Task, Args]:
-    """The trained agent of a run folder, its task and its flags. Raises UserError where there is no checkpoint."""
-    args, saved = load_run(Args, run_dir)
-    if saved is None:
-        raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
-    task, agent = choose_task(args, task), Agent(*saved["dims"])
-    restore(saved, agent=agent)
-    torch.set_num_threads(args.threads)
-    return agent, task, args
-
-
-def evaluate_run(args: Args) -> None:
-    """--evaluate: load, evaluate, print, and write evaluation.json into the run folder."""
-    agent, task, trained = load_agent(args.evaluate)
-    trained.eval_prompts, trained.pass_k = args.eval_prompts, args.pass_k
-    trained.check()
-    path, (who,), found = Path(args.evaluate), trained.agents, evaluate(agent, task, trained)
-    row = {"k": trained.pass_k} | {name: found[name] for name in ("pass@1", "pass@k")}
-    row |= {"eval_return_mean": np.mean(found["returns"]).item(), "eval_return_std": np.std(found["returns"]).item()}
-    results = [who | row | {"returns": found["returns"]}]
-    write_file(path / "evaluation.json", json.dumps(results, indent=2).encode())
-    show(str(path), found, trained.pass_k)
-
-
-def main() -> None:
+def main(run_command: Callable[[list[str]], None] = command) -> None:
     """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
+    torch.set_num_threads(1)  # for small networks, more cost more than they save
+    gc.freeze()  # what the imports left is no garbage; to search it costs some percent of a run
     try:
-        args = parse_args(Args, sys.argv[1:])
-        train(args) if args.evaluate is None else evaluate_run(args)
-    except (UserError, NonFiniteError, OSError) as reason:  # OSError: a full disk, a folder that cannot be written
+        run_command(sys.argv[1:])
+    except (UserError, NonFiniteError, OSError) as reason:  # OSError: a full disk, no permission
         print("error: " + " ".join(str(reason).split()), file=sys.stderr)
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:
-        print("interrupted; --resume RUN_DIR goes on from its last checkpoint, if it has one", file=sys.stderr)
+        what = "--resume RUN_DIR goes on from the last checkpoint, if there is one"
+        print(f"interrupted; {what}", file=sys.stderr)
         sys.exit(130)
 
 

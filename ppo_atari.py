@@ -1,51 +1,55 @@
 """Proximal Policy Optimization (PPO) from pixels: the Nature CNN on EnvPool's Atari games.
 
-Schulman, Wolski, Dhariwal, Radford, Klimov (2017), https://arxiv.org/abs/1707.06347, with the settings of Table 5: step
-size and clip range both fall linearly to zero. Of what the table leaves open, four things are those of OpenAI
-Baselines' ppo2: orthogonal weights, Adam's epsilon, advantages standardised within a minibatch, and gradients scaled
-down to a norm of 0.5. Read ppo_cartpole.py first; equation and detail numbers mean
-the same here. What is new: pixels, a game that is counted in two ways, and several processes.
+Schulman, Wolski, Dhariwal, Radford, Klimov (2017), https://arxiv.org/abs/1707.06347, with the
+settings of its Table 5: step size and clip range both fall linearly to 0. Read ppo_cartpole.py
+first: equations, detail numbers and most functions are the same here. Three things are new: pixels,
+games that are counted in two ways, and several processes.
 
-Learning sees the protocol of Mnih et al. (2015): an action is held for 4 frames, 4 gray 84 x 84 images are stacked, a
-game starts with up to 30 idle frames, rewards are cut to their sign, a lost life ends an episode. Besides, EnvPool
-idles after a lost life as well, presses FIRE at every such start if the game has it, and truncates a game after 27,000
-steps. What is reported is the whole game: raw points over all lives, except those that fall into idle frames. The
-network has filters 32-64-64 and 512 units, as in Mnih et al. (2015); the paper cites the smaller one of Mnih et al.
-(2016), but its code and everybody since took this.
+Learning follows the protocol of Mnih et al. (2015). An action is held for 4 frames. The network
+gets the last 4 images, gray, 84 x 84. A game starts with up to 30 idle frames. Rewards are cut to
+their sign. A lost life ends an episode. EnvPool adds three things: it idles after a lost life too,
+it presses FIRE at every such start if the game has that button, and it truncates a game after
+27,000 steps. What is reported is the whole game: its own points, over all lives. Only points that
+fall into idle frames are missing.
 
-    python ppo_atari.py --total-timesteps 3000000              # Pong; an hour or two on two cores
+The paper cites the small network of Mnih et al. (2016). Its code, and all codes since, have the one
+of Mnih et al. (2015), and so has this one: filters 32-64-64 and 512 units. Table 5 leaves four more
+things open, which are here as in OpenAI Baselines' ppo2: orthogonal weights, Adam's epsilon,
+advantages standardised within a minibatch, and gradients scaled down to a norm of 0.5.
+
+    python ppo_atari.py --total-timesteps 3000000        # Pong: an hour or two on two cores
     python ppo_atari.py --env-id Breakout-v5 --device cuda --compile
-    python ppo_atari.py --no-anneal-clip                       # a constant clip range, as most codes have it since 2019
-    torchrun --nproc-per-node 2 ppo_atari.py --num-envs 16     # data-parallel, 8 environments in each process
+    python ppo_atari.py --no-anneal-clip                 # constant clip range, usual since 2019
+    torchrun --nproc-per-node 2 ppo_atari.py --num-envs 16
     python ppo_atari.py --evaluate RUN_DIR --capture-video
 
-Under torchrun the actors are split over the ranks, and the sum of the ranks' gradients is that of one process with the
-same minibatches; which rows share a minibatch depends on the number of ranks. Rank 0 writes the run folder (which, on
-several nodes, --resume must be able to read everywhere; it repeats the same bits only with as many ranks as before).
-Nodes that are not alike need --precision, which each would else choose for itself. Every rank says what is wrong with
-the flags; torchrun adds a report, ends all ranks as soon as one has failed, and ends with code 1.
+Under torchrun each rank has its part of the actors (above: 8 of 16), and the ranks' gradients are
+added up. Their sum is the gradient that one process would have on the same minibatches; but which
+rows share a minibatch depends on the number of ranks. Rank 0 writes the run folder. --resume needs
+as many ranks as before for the same bits, and on several nodes a folder that all can read. On
+machines of different kinds, set --precision: each would otherwise choose its own. When one rank
+fails, torchrun ends all of them, adds a report, and exits with code 1.
 """
 
 import contextlib
 import csv
-import datetime
 import difflib
 import gc
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import envpool
@@ -57,92 +61,51 @@ from envpool.registration import registry
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Batch = dict[str, Tensor]  # by name, all with the same leading dimensions
-
 
 @dataclass
 class Args:
-    """PPO from pixels on Atari (Schulman et al. 2017, Table 5)."""
+    """PPO from pixels on Atari (Schulman et al. 2017, Table 5: 40M frames, 4 to a step)."""
 
-    # What is learned
-    env_id: str = "Pong-v5"
-    """one of EnvPool's Atari games: {Game}-v5"""
-    objective: str = "clip:0.1"
-    """clip:EPS (eq. 7), kl:BETA (eq. 8), adaptive:D_TARG (section 4), none (eq. 6), pg (eq. 2: 1 epoch, 1 minibatch)"""
-    seed: int = 1
-    """seed of every random stream: initial weights, actions, minibatch order, environments"""
-    sticky_actions: float = 0.0
-    """probability that the console holds on to the previous action for a frame (Machado et al. 2018: 0.25)"""
-    full_action_space: bool = False
-    """all 18 actions of the console instead of those that the game knows"""
+    env_id: str = "Pong-v5"  # one of EnvPool's Atari games: {Game}-v5
+    objective: str = "clip:0.1"  # clip:EPS (eq. 7), kl:BETA, adaptive:D_TARG (eq. 8), none, pg
+    seed: int = 1  # seed of every random stream: weights, actions, minibatches, environments
+    sticky_actions: float = 0.0  # chance that a frame repeats the last action; Machado 2018: 0.25
+    full_action_space: bool = False  # all 18 actions of the console, not only those of the game
 
-    # How much data
-    total_timesteps: int = 10_000_000
-    """steps of 4 frames in all, reset steps included, rounded up to whole updates; 10M are the paper's 40M frames"""
-    num_envs: int = 8
-    """parallel actors (N), over all ranks"""
-    num_steps: int = 128
-    """steps of each actor per update, the horizon (T)"""
+    total_timesteps: int = 10_000_000  # steps of 4 frames, reset steps too, in whole updates
+    num_envs: int = 8  # parallel actors (N), of all ranks together
+    num_steps: int = 128  # steps of each actor per update (T)
 
-    # Advantages
-    gamma: float = 0.99
-    """discount factor (gamma, eq. 10)"""
-    gae_lambda: float = 0.95
-    """trace decay of GAE (lambda, eq. 11); 1 is eq. 10: all rewards to the end of the segment, then V"""
-    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"
-    """standardise advantages over the whole batch, within each minibatch, or not at all"""
+    gamma: float = 0.99  # discount factor (eq. 10)
+    gae_lambda: float = 0.95  # lambda of GAE (eq. 11)
+    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # standardise advantages there
+    bootstrap_truncated: bool = True  # a time limit is no end: the return goes on with V
 
-    # Optimisation
-    update_epochs: int = 3
-    """passes over the batch per update (K)"""
-    num_minibatches: int = 4
-    """minibatches per pass; the paper's M is N * T / num_minibatches"""
-    learning_rate: float = 2.5e-4
-    """Adam step size"""
-    anneal_lr: bool = True
-    """decay the step size linearly to 0 over the run (factor alpha of Table 5)"""
-    anneal_clip: bool = True
-    """decay the clip range EPS linearly to 0 over the run (factor alpha of Table 5)"""
-    vf_coef: float = 1.0
-    """weight of the value loss (V - V_targ)^2 (c1, eq. 9); the loss has no factor 1/2"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus (c2, eq. 9)"""
-    value_clip: float | None = None
-    """clip V to this distance from the old V and take the larger of both squared errors; None: plain squared error"""
-    max_grad_norm: float = 0.5
-    """scale the gradient down to at most this global norm; inf never does"""
-    target_kl: float | None = None
-    """end an update after the first epoch whose mean approx_kl exceeds this; None never does"""
+    update_epochs: int = 3  # passes over the batch per update (K)
+    num_minibatches: int = 4  # minibatches per pass; the paper's M is N * T / num_minibatches
+    learning_rate: float = 2.5e-4  # Adam step size
+    anneal_lr: bool = True  # decay the step size linearly to 0 over the run (alpha of Table 5)
+    anneal_clip: bool = True  # decay the clip range EPS in the same way
+    vf_coef: float = 1.0  # c1 of eq. 9: weight of (V - V_targ)^2, which has no factor 1/2
+    ent_coef: float = 0.01  # c2 of eq. 9: weight of the entropy bonus
+    value_clip: float | None = None  # clip V to this distance from the old V, take the larger loss
+    max_grad_norm: float = 0.5  # scale the gradient down to at most this norm; inf never does
+    target_kl: float | None = None  # end an update after an epoch whose mean approx_kl exceeds this
 
-    # The run
-    device: str = "cpu"
-    """cpu or cuda; under torchrun, cuda gives each process of a machine its own GPU"""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of the convolutions and the layer after them (float32: TF32 in a GPU's convolutions); auto: bfloat16 if native"""
-    compile: bool = False
-    """torch.compile the loss, for a GPU; on a CPU it gains nothing, the convolutions being what takes the time"""
-    threads: int = 0
-    """CPU threads of an update, in each process; 0 shares out all cores: on a busy machine 1 is many times faster"""
-    run_dir: str | None = None
-    """folder of this run; None makes one under runs/"""
-    checkpoint_every: int = 0
-    """updates between checkpoints, which abandon unfinished games; 0: 50 games of 2,560 steps; raise it for longer"""
-    resume: str | None = None
-    """continue the run in this folder; no other flag may be given, all come from its config.json"""
-    track: bool = False
-    """mirror the run to Weights & Biases (WANDB_MODE=offline works)"""
-    wandb_project: str = "ppo"
-    """project for --track"""
+    device: str = "cpu"  # cpu or cuda; under torchrun, cuda gives each rank its own GPU
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of the trunk; auto: what is fast
+    compile: bool = False  # torch.compile the loss, for a GPU: a CPU gains nothing
+    threads: int = 0  # CPU threads of an update; 0: all cores, over the ranks; if they are busy: 1
+    run_dir: str | None = None  # folder of this run; None makes one under runs/
+    checkpoint_every: int = 0  # updates between checkpoints, which cut games short; 0: rarely
+    resume: str | None = None  # go on with the run in this folder; its config.json has the flags
+    track: bool = False  # mirror the run to Weights & Biases (WANDB_MODE=offline works)
+    wandb_project: str = "ppo"  # project for --track
 
-    # Evaluation: at the end of every run, or of a finished one with --evaluate
-    evaluate: str | None = None
-    """evaluate the run in this folder instead of training; only the three flags below may go with it"""
-    eval_episodes: int = 20
-    """whole games to play, on seeds that training never used"""
-    sample_actions: bool = False
-    """evaluate with sampled actions instead of the most probable ones"""
-    capture_video: bool = False
-    """write an mp4 of every evaluation game's screen to RUN_DIR/videos"""
+    evaluate: str | None = None  # evaluate the run in this folder; the flags below may be given
+    eval_episodes: int = 20  # whole games to play, on seeds that training never used
+    sample_actions: bool = False  # evaluate sampled actions, not the most probable ones
+    capture_video: bool = False  # film every evaluation game: RUN_DIR/videos/*.mp4
 
     @property
     def batch_size(self) -> int:
@@ -152,139 +115,41 @@ class Args:
     def num_updates(self) -> int:
         return math.ceil(self.total_timesteps / self.batch_size)
 
-    @property
-    def agents(self) -> list[dict]:
-        """What names each agent of the run; here there is one."""
-        return [{"seed": self.seed, "objective": self.objective}]
 
-    def check(self) -> None:
-        """Settles precision. Raises UserError for the first flag that makes no sense. (NaN fails all comparisons.)"""
-        parse_objective(self.objective)
-        for name in ("total_timesteps", "num_envs", "num_steps", "update_epochs", "num_minibatches", "eval_episodes"):
-            most = 10**12 if name == "total_timesteps" else 2**20  # stream() keeps the seeds of so many actors apart
-            if not 1 <= getattr(self, name) <= most:
-                raise UserError(f"--{name.replace('_', '-')} must be between 1 and {most}, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"--seed must be between 0 and {2**31 - 1}, not {self.seed}")
-        for name in ("gamma", "gae_lambda", "sticky_actions"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
-        for name in ("learning_rate", "value_clip", "target_kl"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
-        for name in ("vf_coef", "ent_coef", "checkpoint_every", "threads"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
-        if not self.max_grad_norm > 0:
-            raise UserError(f"--max-grad-norm must be positive (inf does not clip), not {self.max_grad_norm}")
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if self.num_envs % world:
-            why = "there are more ranks than environments" if world > self.num_envs else "each rank needs as many"
-            raise UserError(
-                f"{self.num_envs} environments cannot be split over {world} ranks, {why}; change --num-envs"
-            )
-        if self.batch_size // world % self.num_minibatches:
-            share = f" / {world} ranks" if world > 1 else ""
-            raise UserError(
-                f"a batch of {self.num_envs} x {self.num_steps}{share} = {self.batch_size // world} steps does not "
-                f"divide into {self.num_minibatches} minibatches; change --num-envs, --num-steps or --num-minibatches"
-            )
-        if self.batch_size > 2**20:  # 30 GB of observations
-            raise UserError(f"a batch of {self.batch_size} steps is too large; lower --num-envs or --num-steps")
-        if self.batch_size < 4 * self.num_minibatches:
-            raise UserError("a minibatch must hold at least 4 steps; raise --num-steps or lower --num-minibatches")
-        if self.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise UserError("--compile needs a C++ compiler such as g++; leave the flag out")
-        if self.device not in ("cpu", "cuda"):
-            raise UserError(f"--device must be cpu or cuda, not {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                "--device cuda: this machine or this build of PyTorch has no CUDA; use another, or --device cpu"
-            )
-        if self.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs are fewer than the ranks; start fewer")
-        if self.capture_video and find_spec("moviepy") is None:
-            raise UserError("--capture-video needs moviepy: pip install moviepy, or start without the flag")
-        if self.precision == "auto":  # on a CPU without instructions for it, bfloat16 is slower than float32
-            cuda, cpu = torch.cuda.is_bf16_supported, torch.cpu._is_avx512_bf16_supported
-            native = cuda(including_emulation=False) if self.device == "cuda" else cpu()
-            self.precision = "bfloat16" if native else "float32"
+# ---------------------------------------------------------------------------------- ENVIRONMENTS
+def make_envs(args: Args, num_envs: int, seed: int, render: bool = False):
+    """`num_envs` consoles, on the seeds `seed`, `seed` + 1, ..., for training and for evaluation.
 
-
-class Objective(NamedTuple):
-    """The policy part of eq. 9, as --objective names it: eq. 2, 6, 7 or 8."""
-
-    log_prob: bool = False  # eq. 2: log pi in place of the ratio r
-    epsilon: float = math.inf  # clip range of eq. 7; inf does not clip
-    beta: float = 0.0  # weight of KL[old, new] in eq. 8; for adaptive, its first value
-    kl_target: float | None = None  # d_targ of the adaptive penalty
-
-    def adapt(self, beta: float, kl: float) -> float:
-        """Section 4, once per update: double beta where KL[old, new] came out too large, halve it where too small."""
-        if self.kl_target is None:
-            return beta
-        if kl > 1.5 * self.kl_target:
-            return min(2 * beta, 1e30)  # which float32 still holds
-        return beta / 2 if kl < self.kl_target / 1.5 else beta
-
-
-def parse_objective(text: str) -> Objective:
-    """clip:0.2, kl:1, adaptive:0.01, none or pg -> Objective. Raises UserError for anything else."""
-    if text in ("pg", "none"):
-        return Objective(log_prob=text == "pg")
-    kind, _, number = text.partition(":")
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
-    if 0 < value < math.inf:
-        if kind == "clip":
-            return Objective(epsilon=value)
-        if kind == "kl":
-            return Objective(beta=value)
-        if kind == "adaptive":
-            return Objective(beta=1.0, kl_target=value)
-    raise UserError(f"{text!r} is no objective: clip:EPS, kl:BETA, adaptive:D_TARG with a positive number, none or pg")
-
-
-# ---------------------------------------------------------------------------------------------------- ENVIRONMENTS
-def start_actors(args: Args, seed: int, num_envs: int, **options) -> SimpleNamespace:
-    """Actors at the start of new games, with consecutive seeds. Raises UserError for a game that EnvPool lacks."""
-    games = [name for name, (source, *_) in registry.specs.items() if source == "envpool.atari"]
-    if args.env_id not in games:
-        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(args.env_id, games, 1))
-        raise UserError(f"{args.env_id!r} is none of EnvPool's Atari games, such as Pong-v5{near}")
-    protocol = {"frame_skip": 4, "stack_num": 4, "gray_scale": True, "img_height": 84, "img_width": 84, "noop_max": 30}
-    protocol |= {"episodic_life": True, "reward_clip": True, "use_fire_reset": True, "max_episode_steps": 27_000}
-    protocol |= {"repeat_action_probability": args.sticky_actions, "full_action_space": args.full_action_space}
-    pool = {"env_type": "gymnasium", "num_envs": num_envs, "seed": list(range(seed, seed + num_envs))}
-    envs = envpool.make(args.env_id, **pool | protocol | options)
-    (obs, info), (returns, lengths) = envs.reset(), np.zeros((2, num_envs))  # of the game so far, over all lives
-    ended, lost = np.zeros((2, num_envs), bool)  # did the last step end a life or the game; did it end a life alone?
-    state = {"obs": obs, "lives": info["lives"], "returns": returns, "lengths": lengths, "ended": ended, "lost": lost}
-    return SimpleNamespace(envs=envs, **state)
-
-
-def play(actors: SimpleNamespace, actions: np.ndarray) -> tuple:
-    """One step. Returns rewards, terminated and truncated, as learning sees them, and over: whether the game ended.
-
-    To learning, a lost life is the end. The step after an end ignores the action: after a lost life it idles up to 30
-    frames in the same game, otherwise it starts the next. A game may end within these idle frames, and EnvPool starts
-    the next without a word (RoadRunner, now and then); that there are more lives than before tells. Points that fall
-    into the idle frames are nobody's.
+    With `render`, their screens can be filmed.
     """
-    actors.obs, rewards, terminated, truncated, info = actors.envs.step(actions)
-    actors.returns, actors.lengths = actors.returns + info["reward"], actors.lengths + ~actors.ended
-    unseen = actors.lost & (info["lives"] > actors.lives)
-    terminated = terminated | (info["terminated"] > 0)  # EnvPool has a game over at the time limit truncated
-    over = ((info["terminated"] > 0) | truncated | unseen) & (actors.lengths > 0)  # EnvPool may tell of an end twice
-    actors.ended, actors.lives = terminated | truncated, info["lives"]
-    actors.lost = actors.ended & ~over
-    return rewards, terminated, truncated, over
+    return envpool.make(
+        args.env_id,
+        env_type="gymnasium",
+        num_envs=num_envs,
+        seed=list(range(seed, seed + num_envs)),
+        render_mode="rgb_array" if render else None,
+        frame_skip=4,  # an action is held for 4 frames
+        stack_num=4,
+        gray_scale=True,
+        img_height=84,
+        img_width=84,
+        noop_max=30,
+        episodic_life=True,  # a lost life ends an episode, not the game
+        reward_clip=True,
+        use_fire_reset=True,
+        max_episode_steps=27_000,
+        repeat_action_probability=args.sticky_actions,
+        full_action_space=args.full_action_space,
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- AGENT
-def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
+def channels_last(obs: np.ndarray) -> Tensor:
+    """EnvPool's images [..., 4, 84, 84], in the order [..., 84, 84, 4] that convolutions prefer."""
+    return torch.as_tensor(obs).movedim(-3, -1)
+
+
+# ----------------------------------------------------------------------------------------- AGENT
+def layer_init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     """Orthogonal weights, zero biases.  [detail 2]"""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
@@ -292,203 +157,592 @@ def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
 
 
 class Agent(nn.Module):
-    """Policy and value function on one trunk. Weights are float32; with `low`, the trunk computes in bfloat16."""
+    """Policy and value function on one trunk. With `bfloat16`, the trunk computes in that format.
 
-    def __init__(self, num_actions: int, low: bool):
+    Weights and results are float32 all the same.
+    """
+
+    def __init__(self, num_actions: int, bfloat16: bool = False):
         super().__init__()
-        self.low = low
-        first, second, third = nn.Conv2d(4, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3)
-        convolutions = [part for layer in (first, second, third) for part in (layer_init(layer), nn.ReLU())]
-        self.trunk = nn.Sequential(*convolutions, nn.Flatten(), layer_init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU())
-        self.actor, self.critic = layer_init(nn.Linear(512, num_actions), 0.01), layer_init(nn.Linear(512, 1), 1.0)
+        self.bfloat16 = bfloat16
+        conv1 = nn.Conv2d(4, 32, kernel_size=8, stride=4)
+        conv2 = nn.Conv2d(32, 64, kernel_size=4, stride=2)
+        conv3 = nn.Conv2d(64, 64, kernel_size=3, stride=1)
+        self.trunk = nn.Sequential(
+            layer_init(conv1),
+            nn.ReLU(),
+            layer_init(conv2),
+            nn.ReLU(),
+            layer_init(conv3),
+            nn.ReLU(),
+            nn.Flatten(-3),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
+        self.actor = layer_init(nn.Linear(512, num_actions), 0.01)  # a nearly uniform first policy
+        self.critic = layer_init(nn.Linear(512, 1), 1.0)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """obs [B, 84, 84, 4] of bytes -> log-probabilities of all actions [B, A], values [B], in float32"""
-        kind, dtype = obs.device.type, torch.bfloat16 if self.low else torch.float32
-        with torch.autocast(kind, torch.bfloat16, enabled=self.low):
-            pixels = obs.permute(0, 3, 1, 2).to(dtype).div_(255)  # [B, 4, 84, 84], in memory as before: channels_last
+        """obs [..., 84, 84, 4], bytes -> log-probabilities of all actions [..., A], V(obs) [...]
+
+        The policy is made here alone: what is changed here is played, learned and evaluated.
+        """
+        device = obs.device.type
+        dtype = torch.bfloat16 if self.bfloat16 else torch.float32
+        with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
+            pixels = obs.movedim(-1, -3).to(dtype).div_(255)  # in memory still channels last
             hidden = self.trunk(pixels)
-        with torch.autocast(kind, enabled=False):  # 8 bits are too few for log-probabilities and values
+        with torch.autocast(device, enabled=False):  # the heads need more than bfloat16's 8 bits
             hidden = hidden.float()
-            return self.actor(hidden).log_softmax(-1), self.critic(hidden).squeeze(-1)
+            logits = self.actor(hidden)
+            # a logit may be -inf: 0 * inf would be NaN
+            log_probs = logits.log_softmax(-1).clamp(min=-1e9)
+            return log_probs, self.critic(hidden).squeeze(-1)
 
 
-# --------------------------------------------------------------------------------------------------- THE ALGORITHM
-def gae(rewards: Tensor, values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalized advantage estimation, eqs. 11-12.  [detail 5]
+def draw_noise(shape: tuple[int, ...], rng: torch.Generator) -> np.ndarray:
+    """Standard Gumbel noise: argmax(log_probs + noise) is a sample of the policy.
 
-    rewards, terminated, truncated: [T, N]; values: [T+1, N]. Returns advantages [T, N].
-    values[t+1] is V of the state that step t led to, at an episode's end too: next-step autoreset returns the final
-    observation and resets one step later. So a truncated episode is bootstrapped with V of its final state, a
-    terminated one with 0. The reset step is no transition: the caller drops its advantage, which no other row uses.
-    (The exponents T-t+1 in eqs. 10 and 11 should be T-t-1.)
+    Drawn for a whole rollout at once, and on the CPU: the same numbers on every device.
+    """
+    return -torch.empty(shape).exponential_(generator=rng).log().numpy()
+
+
+@torch.no_grad()
+def act(agent: Agent, obs: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
+    """obs [..., 4, 84, 84] -> actions [...]: samples with noise [..., A], else the likeliest."""
+    device = next(agent.parameters()).device
+    log_probs, _ = agent(channels_last(obs).contiguous().to(device))
+    return (log_probs.cpu().numpy() + noise).argmax(-1)
+
+
+def log_prob_of(log_probs: Tensor, actions: Tensor) -> Tensor:
+    """log_probs [..., A] of all actions, actions [...] -> log pi(a|s) of the actions taken [...]"""
+    return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy_of(log_probs: Tensor) -> Tensor:
+    """Entropy of the policy in each state, [..., A] -> [...]"""
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def kl_between(old: Tensor, new: Tensor) -> Tensor:
+    """Exact KL[old, new] in each state, [..., A] each -> [...]"""
+    return (old.exp() * (old - new)).sum(-1)
+
+
+# --------------------------------------------------------------------------------- THE ALGORITHM
+def gae(rewards, values, terminated, truncated, gamma, gae_lambda) -> Tensor:
+    """Generalized advantage estimation, eqs. 11 and 12.  [detail 5]
+
+    rewards, terminated, truncated: [T, N]. values: [T+1, N]. Returns advantages [T, N].
+
+    values[t+1] is V of the state that step t led to, at the end of an episode too: environments
+    return the final observation first, and reset with the next step. So a truncated episode is
+    bootstrapped with V of its final state, a terminated one with 0. The reset step is no
+    transition: its advantage means nothing, and no other row uses it. (The exponents T-t+1 in
+    eqs. 10 and 11 should be T-t-1.)
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # eq. 12
-    decay = gamma * lam * ~(terminated | truncated)
-    advantages, trace = [], torch.zeros_like(rewards[0])
-    for delta, keep in zip(reversed(deltas.unbind()), reversed(decay.unbind()), strict=True):
-        advantages.append(trace := delta + keep * trace)  # eq. 11 as a recursion
-    return torch.stack(advantages[::-1])
+    decay = gamma * gae_lambda * ~(terminated | truncated)  # the trace ends with the episode
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantage = deltas[t] + decay[t] * advantage  # eq. 11
+        advantages[t] = advantage
+    return advantages
 
 
-def total(x: Tensor) -> Tensor:
+class Objective(NamedTuple):
+    """What --objective names: which of eqs. 2, 6, 7 and 8 the policy maximises."""
+
+    kind: str  # clip, kl, adaptive, none or pg
+    epsilon: float = math.inf  # clip range of eq. 7
+    beta: float = 0.0  # weight of the KL penalty of eq. 8; with adaptive, its first value
+    kl_target: float = math.nan  # d_targ of the adaptive penalty
+
+
+def ppo_loss(log_prob, entropy, kl, values, batch, objective, beta, args) -> dict[str, Tensor]:
+    """The terms of eq. 9 for each of B transitions, by name; the caller averages them.
+
+    log_prob, entropy, kl, values [B]: of the policy that is being optimised, where log_prob is
+    log pi(a|s) of the action taken and kl is KL[old, new], exact.
+    batch, [B] each: log_prob and values of the old policy, advantages, returns (V_targ).
+    beta: the weight of the KL now; objective.beta is only its first value.
+    """
+    advantages = batch["advantages"]
+    logratio = log_prob - batch["log_prob"]
+    ratio = logratio.clamp(max=40).exp()  # eqs. 6 to 8; times a gradient of 0, inf would be NaN
+
+    if objective.kind == "pg":
+        gain = log_prob * advantages  # eq. 2
+    elif objective.kind == "clip":
+        clipped = ratio.clamp(1 - objective.epsilon, 1 + objective.epsilon)
+        # eq. 7: no gradient beyond 1+eps where A > 0, nor below 1-eps where A < 0  [detail 8]
+        gain = torch.min(ratio * advantages, clipped * advantages)
+    else:
+        gain = ratio * advantages  # eq. 6
+    if objective.kind in ("kl", "adaptive"):
+        gain = gain - beta * kl  # eq. 8
+
+    value_loss = (values - batch["returns"]).square()
+    if args.value_clip is not None:  # [detail 9]
+        change = (values - batch["values"]).clamp(-args.value_clip, args.value_clip)
+        v_clipped = batch["values"] + change
+        value_loss = torch.max(value_loss, (v_clipped - batch["returns"]).square())
+
+    logratio, ratio = logratio.detach(), ratio.detach()
+    return {  # the first three are learned from, the others are watched  [detail 12]
+        "policy_loss": -gain,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "kl": kl.detach(),
+        # estimates of the KL from the actions taken, k3 and k1 of joschu.net/blog/kl-approx.html
+        "approx_kl": ratio - 1 - logratio,
+        "old_approx_kl": -logratio,
+        "clipfrac": ((ratio - 1).abs() > objective.epsilon).float(),
+    }
+
+
+def total_loss(means: dict[str, Tensor], args: Args) -> Tensor:
+    """Minus eq. 9, to be minimised, from the means of ppo_loss's terms.  [detail 10]"""
+    loss = means["policy_loss"] + args.vf_coef * means["value_loss"]
+    if args.ent_coef > 0:  # the gradient of 0 * entropy would cost time
+        loss = loss - args.ent_coef * means["entropy"]
+    return loss
+
+
+def adapt_beta(beta: float, kl: float, objective: Objective) -> float:
+    """Section 4, after each update: double beta if the KL was too large, halve it if too small."""
+    if kl > 1.5 * objective.kl_target:
+        return min(2 * beta, 1e30)  # float32 still holds that
+    if kl < objective.kl_target / 1.5:
+        return beta / 2
+    return beta
+
+
+class Actors:
+    """N of the actors of Algorithm 1: their consoles, and the game that each is in."""
+
+    def __init__(self, args: Args, num_envs: int, render: bool = False):
+        self.args = args
+        self.num_envs = num_envs
+        self.render = render
+
+    def restart(self, seed: int) -> None:
+        """Every actor begins a new game, on the seeds `seed`, `seed` + 1, ..."""
+        self.envs = make_envs(self.args, self.num_envs, seed, self.render)
+        self.obs, info = self.envs.reset()
+        self.lives = info["lives"]
+        self.ended = np.zeros(self.num_envs, bool)  # the last step was the end of a life or a game
+        self.life_lost = np.zeros(self.num_envs, bool)  # of a life, while the game goes on
+        self.returns = np.zeros(self.num_envs)  # of the game so far, over all its lives
+        self.lengths = np.zeros(self.num_envs, int)
+
+    def step(self, actions: np.ndarray) -> tuple:
+        """actions [N] -> rewards, terminated, truncated [N], and the games that ended here.
+
+        Rewards and ends are those that learning gets; a game is (actor, return, length), in its own
+        points, over all its lives. The step after an end ignores the action and pays 0: it idles up
+        to 30 frames, in a new game if the last one is over. There are six kinds of ending:
+
+        what happens                       EnvPool reports     learning gets       the game
+        a life is lost                     terminated          terminated          goes on
+        the game ends                      terminated          terminated          is over
+        27,000 steps have passed           truncated           truncated           is over
+        it ends in step 27,000             truncated           both                is over
+        it ends while it idles             nothing             nothing             is over
+        it ends in the last idle frame     an end, twice       terminated, twice   is over, once
+
+        A game that ends while it idles is noticed by its lives: the new game has more of them than
+        the old one had. RoadRunner does this now and then. info["terminated"] says that a game is
+        over, also in the two cases where the step's own `terminated` does not.
+        """
+        self.obs, rewards, terminated, truncated, info = self.envs.step(actions)
+        game_over = info["terminated"] > 0
+        terminated = terminated | game_over
+        ended_idling = self.life_lost & (info["lives"] > self.lives)
+        self.returns += info["reward"]
+        self.lengths += ~self.ended
+        over = (game_over | truncated | ended_idling) & (self.lengths > 0)  # each game once
+        self.ended = terminated | truncated
+        self.life_lost = self.ended & ~over
+        self.lives = info["lives"]
+        games = []
+        for i in over.nonzero()[0]:
+            games.append((int(i), float(self.returns[i]), int(self.lengths[i])))
+            self.returns[i] = 0
+            self.lengths[i] = 0
+        return rewards, terminated, truncated, games
+
+
+@torch.no_grad()
+def collect(agent: Agent, actors: Actors, noise: Tensor) -> tuple[dict, list]:
+    """Every actor takes T steps, sampled with `noise` [T, N, A]. Returns (rollout, games).
+
+    rollout: obs [T+1, N, 84, 84, 4]; values [T+1, N]; log_probs [T, N, A], of all actions; actions,
+    rewards, terminated, truncated, valid [T, N]. valid is False in reset steps. games: (step,
+    actor, return, length) of each that ended.
+    """
+    device = noise.device
+    num_steps, num_envs, _ = noise.shape
+    obs = torch.empty(num_steps + 1, num_envs, 84, 84, 4, dtype=torch.uint8, device=device)
+    values = torch.empty(num_steps + 1, num_envs, device=device)
+    frames = torch.empty(num_envs, 84, 84, 4, dtype=torch.uint8, pin_memory=noise.is_cuda)
+    steps, games = [], []
+    # one autocast around all steps: it converts the weights to bfloat16 only once
+    with torch.autocast(device.type, torch.bfloat16, enabled=agent.bfloat16):
+        for t in range(num_steps + 1):
+            frames.copy_(channels_last(actors.obs))
+            obs[t].copy_(frames, non_blocking=True)
+            log_probs, values[t] = agent(obs[t])
+            if t == num_steps:  # of the last state only V is needed
+                break
+            actions = (log_probs + noise[t]).argmax(-1)
+            step = {"log_probs": log_probs, "actions": actions}
+            step["valid"] = ~actors.ended  # the step after an end only resets
+            played = actors.step(actions.cpu().numpy())
+            step["rewards"], step["terminated"], step["truncated"], over = played
+            steps.append(step)
+            for i, game_return, length in over:
+                games.append((t, i, game_return, length))
+    rollout = {"obs": obs, "values": values}
+    for name in steps[0]:
+        rollout[name] = torch.stack([torch.as_tensor(step[name]) for step in steps])
+    return rollout, games
+
+
+def all_reduce(x: Tensor) -> Tensor:
     """The sum of x over all ranks, in place; x as it is where there is one process."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Give every rank the sum of all ranks' gradients, in one flat message."""
-    if dist.is_initialized():
-        flat = total(torch.cat([parameter.grad.flatten() for parameter in parameters]))
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
+def mean_and_variance(x: Tensor, valid: Tensor, sum_ranks: Callable) -> tuple[Tensor, Tensor]:
+    """x, valid [..., B] -> mean and sample variance [..., 1] of x where valid is 1, not 0.
 
-
-def average(x: Tensor, valid: Tensor) -> Tensor:
-    """x [..., B] -> [..., 1], its mean over the transitions of all ranks: autoreset rows, valid = 0, do not count."""
-    return total((x * valid).sum(-1, keepdim=True)) / total(valid.sum(-1, keepdim=True)).clamp(min=1)
-
-
-def standardise(x: Tensor, valid: Tensor) -> Tensor:
-    """x [..., B] with mean 0 and standard deviation 1 over the transitions of all ranks."""
-    x = x - average(x, valid)
-    return x / (average(x.square(), valid).sqrt() + 1e-8)
-
-
-def explained_variance(values: Tensor, returns: Tensor, valid: Tensor) -> float:
-    """1 - var[returns - values] / var[returns] over the transitions of all ranks; 0 where all returns are the same."""
-    left, whole = (average((x - average(x, valid)).square(), valid).item() for x in (returns - values, returns))
-    return 1 - left / whole if whole > 0 else 0.0
-
-
-def categorical_kl(old: Tensor, new: Tensor) -> Tensor:
-    """Exact KL[old, new] of log-probabilities [..., A] -> [...]"""
-    return (old.exp() * (old - new)).sum(-1)
-
-
-def ppo_loss(log_probs: Tensor, values: Tensor, batch: Batch, objective: Objective, beta, args: Args) -> tuple:
-    """The negative of eq. 9, to be minimised, and a dict of metrics.  [detail 12]
-
-    log_probs [B, A] and values [B] come from the weights being optimised. batch holds what the rollout recorded:
-    actions [B], log_probs [B, A], values [B], advantages [B], returns [B] (V_targ); and weights [B], 0 in autoreset
-    rows, which sum to 1 over the minibatch, over all ranks of it: the sum of the ranks' losses is the minibatch's.
+    `sum_ranks` adds up the sums of all ranks, so the results are those of all ranks together.
     """
-    actions, advantages, weights = batch["actions"].unsqueeze(-1), batch["advantages"], batch["weights"]
-    log_prob = log_probs.gather(-1, actions).squeeze(-1)
-    log_ratio = log_prob - batch["log_probs"].gather(-1, actions).squeeze(-1)
-    ratio = log_ratio.exp()  # r of eqs. 6-8
-    kl, entropy = categorical_kl(batch["log_probs"], log_probs), -(log_probs.exp() * log_probs).sum(-1)
-
-    if objective.log_prob:
-        surrogate = log_prob * advantages  # eq. 2
-    else:
-        clipped = ratio.clamp(1 - objective.epsilon, 1 + objective.epsilon)
-        surrogate = torch.min(ratio * advantages, clipped * advantages)  # eq. 7, and eq. 6 at epsilon = inf  [detail 8]
-    if objective.beta > 0:
-        surrogate = surrogate - beta * kl  # eq. 8
-
-    value_loss = (values - batch["returns"]).square()
-    if args.value_clip is not None:  # the larger of two squared errors  [detail 9]
-        near = batch["values"] + (values - batch["values"]).clamp(-args.value_clip, args.value_clip)
-        value_loss = torch.max(value_loss, (near - batch["returns"]).square())
-
-    each = {"policy_loss": -surrogate, "value_loss": value_loss, "entropy": entropy, "kl": kl}
-    # KL[old, new] estimated from the actions taken: k3 and k1 of joschu.net/blog/kl-approx.html
-    each |= {"approx_kl": ratio - 1 - log_ratio, "old_approx_kl": -log_ratio}
-    each["clipfrac"] = ((ratio - 1).abs() > objective.epsilon).float()
-    metrics = {name: (x * weights).sum() for name, x in each.items()}
-    policy_loss, value_loss, entropy, *_ = metrics.values()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # eq. 9  [detail 10]
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    count = sum_ranks(valid.sum(-1, keepdim=True))
+    mean = sum_ranks((x * valid).sum(-1, keepdim=True)) / count.clamp(min=1)
+    squares = sum_ranks(((x - mean).square() * valid).sum(-1, keepdim=True))
+    return mean, squares / (count - 1).clamp(min=1)
 
 
-def minibatch_loss(agent: Agent, minibatch: Batch, objective: Objective, beta: Tensor, args: Args) -> tuple:
-    """What --compile compiles: ppo_loss of the agent on a minibatch."""
-    return ppo_loss(*agent(minibatch["obs"]), minibatch, objective, beta, args)
+def standardise(x: Tensor, valid: Tensor, sum_ranks: Callable) -> Tensor:
+    """x [..., B] with mean 0 and standard deviation 1 over the transitions of all ranks."""
+    mean, variance = mean_and_variance(x, valid, sum_ranks)
+    return (x - mean) / (variance.sqrt() + 1e-8)
 
 
-@torch.no_grad()
-def collect(agent: Agent, actors: SimpleNamespace, noise: Tensor, seconds: dict) -> tuple:
-    """N actors take T steps each, with Gumbel noise [T, N, A]; the time they take is added to `seconds`. Returns
-    (rollout, episodes). rollout: obs [T+1, N, 84, 84, 4] of bytes, values [T+1, N], log_probs [T, N, A]; actions,
-    rewards, terminated, truncated and valid, [T, N] each; valid is False in reset steps. episodes: (t, i, return,
-    length) of every whole game: of actor i, over at step t."""
-    device, shape = noise.device, noise.shape[:2]
-    frames = torch.empty(shape[1], 84, 84, 4, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    obs = torch.empty(shape[0] + 1, *frames.shape, dtype=torch.uint8, device=device)
-    values, log_probs = torch.empty(shape[0] + 1, shape[1], device=device), torch.empty_like(noise)
-    actions, episodes = torch.empty(shape, dtype=torch.int64, device=device), []
-    rewards, (terminated, truncated, valid) = np.empty(shape, np.float32), np.empty((3, *shape), bool)
-    with torch.autocast(device.type, torch.bfloat16, enabled=agent.low):  # one context, so weights are cast once
-        for t in range(shape[0] + 1):
-            start = time.perf_counter()
-            frames.copy_(torch.from_numpy(actors.obs).permute(0, 2, 3, 1))
-            obs[t].copy_(frames, non_blocking=True)
-            log_prob, values[t] = agent(obs[t])  # with one trunk, all that is wanted later costs nothing now
-            if t == shape[0]:
-                break
-            log_probs[t], actions[t] = log_prob, (log_prob + noise[t]).argmax(-1)  # a sample of the policy
-            chosen, valid[t], between = actions[t].cpu().numpy(), ~actors.ended, time.perf_counter()
-            rewards[t], terminated[t], truncated[t], over = play(actors, chosen)
-            seconds["policy"] += between - start
-            seconds["environment"] += time.perf_counter() - between
-            for i in over.nonzero()[0]:
-                episodes.append((t, int(i), float(actors.returns[i]), int(actors.lengths[i])))
-                actors.returns[i] = actors.lengths[i] = 0
-    rollout = {"rewards": rewards, "terminated": terminated, "truncated": truncated, "valid": valid}
-    rollout = {name: torch.from_numpy(x) for name, x in rollout.items()}
-    return rollout | {"obs": obs, "values": values, "log_probs": log_probs, "actions": actions}, episodes
+def minibatch_loss(agent: Agent, minibatch: dict, objective: Objective, beta, args: Args) -> tuple:
+    """Eq. 9 with its sign turned, and the means of ppo_loss's terms. --compile compiles this.
+
+    minibatch: what the rollout recorded, and row_weights [M], which are 0 in reset rows and sum to
+    1 over all ranks. So a rank's loss and means are its share; the sum of the shares is the mean.
+    """
+    log_probs, values = agent(minibatch["obs"])
+    terms = ppo_loss(
+        log_prob=log_prob_of(log_probs, minibatch["actions"]),
+        entropy=entropy_of(log_probs),
+        kl=kl_between(minibatch["log_probs"], log_probs),
+        values=values,
+        batch=minibatch,
+        objective=objective,
+        beta=beta,
+        args=args,
+    )
+    means = {name: (term * minibatch["row_weights"]).sum() for name, term in terms.items()}
+    return total_loss(means, args), {name: mean.detach() for name, mean in means.items()}
 
 
-def update(agent, optimizer, batch: Batch, orders: Tensor, objective, beta, args, loss_fn=minibatch_loss) -> dict:
-    """K epochs of minibatch steps on this rank's B rows: obs, valid and what ppo_loss takes but weights. orders [K, P,
-    M]: the M rows of each of P minibatches; the p-th ones of all ranks make one gradient step. Returns the means of the
-    metrics over all steps, and the exact KL after the last: on a minibatch's rows, on all if the objective adapts."""
-    parameters, history, ranks = list(agent.parameters()), [], total(torch.ones((), device=orders.device))
-    # tensors, as torch.compile would take every new float for another program
-    beta, epsilon = (torch.tensor(x, device=orders.device) for x in (beta, objective.epsilon))
-    objective, valid, advantages = objective._replace(epsilon=epsilon), batch["valid"], batch["advantages"]
+def update(agent, optimizer, batch, orders, objective, beta, args, loss_fn=minibatch_loss) -> dict:
+    """K epochs of minibatch steps. Returns the means of the metrics over all steps and ranks.
+
+    batch: this rank's B rows of obs, actions, log_probs, of what ppo_loss takes, and of valid: 1,
+    or 0 in reset rows. orders [K, P, M]: the M rows of each of P minibatches in K epochs. The p-th
+    minibatches of all ranks are one minibatch, so all ranks take the same steps. kl_after_update is
+    the exact KL after the last step: of one minibatch, or of all where beta adapts to it.
+    """
+    parameters = list(agent.parameters())
+    device = orders.device
+    # tensors, because torch.compile would compile anew for every new number
+    beta = torch.tensor(beta, device=device)
+    objective = objective._replace(epsilon=torch.tensor(objective.epsilon, device=device))
+
+    advantages = batch["advantages"]
     if args.norm_adv == "batch":
-        advantages = standardise(advantages, valid)
-    valid, advantages = valid[orders], advantages[orders]
+        advantages = standardise(advantages, batch["valid"], all_reduce)
+    advantages = advantages[orders]  # [K, P, M]
+    valid = batch["valid"][orders]
     if args.norm_adv == "minibatch":  # [detail 7]
-        advantages = standardise(advantages, valid)
-    weights = valid / total(valid.sum(-1, keepdim=True)).clamp(min=1)
+        advantages = standardise(advantages, valid, all_reduce)
+    row_weights = valid / all_reduce(valid.sum(-1, keepdim=True)).clamp(min=1)
+
+    history, grad_norms = [], []
     for epoch, minibatches in enumerate(orders):
         for i, rows in enumerate(minibatches):  # every row once per epoch  [detail 6]
-            minibatch = {name: x.index_select(0, rows) for name, x in batch.items()}  # 8 times as fast as x[rows]
-            minibatch |= {"advantages": advantages[epoch, i], "weights": weights[epoch, i]}
-            loss, metrics = loss_fn(agent, minibatch, objective, beta, args)
+            # index_select is 8 times as fast as x[rows]
+            minibatch = {name: x.index_select(0, rows) for name, x in batch.items()}
+            minibatch["advantages"] = advantages[epoch, i]
+            minibatch["row_weights"] = row_weights[epoch, i]
+            loss, means = loss_fn(agent, minibatch, objective, beta, args)
             optimizer.zero_grad()
             loss.backward()
-            sum_gradients(parameters)
-            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # [detail 11]
+            if dist.is_initialized():  # add up the ranks' gradients, in one message
+                gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
+                dist.all_reduce(gradient)
+                parts = gradient.split([parameter.numel() for parameter in parameters])
+                for parameter, part in zip(parameters, parts, strict=True):
+                    parameter.grad.copy_(part.view_as(parameter))
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # [detail 11]
             optimizer.step()
-            history.append(metrics | {"grad_norm": norm / ranks})  # the same on all ranks, and total() will add it up
-        epoch_kls = [metrics["approx_kl"] for metrics in history[-len(minibatches) :]]
-        if args.target_kl is not None and total(torch.stack(epoch_kls).mean()) > args.target_kl:
-            break
-    metrics = {name: torch.stack([step[name] for step in history]).mean() for name in history[0]}
-    looked = orders[0] if objective.kl_target is not None else orders[0, :1]
+            grad_norms.append(grad_norm)
+            history.append(means)
+        if args.target_kl is not None:
+            kls = [means["approx_kl"] for means in history[-len(minibatches) :]]
+            if all_reduce(torch.stack(kls).mean()) > args.target_kl:
+                break
+
+    metrics = {}
+    for name in history[0]:
+        metrics[name] = all_reduce(torch.stack([means[name] for means in history]).mean()).item()
+    metrics["grad_norm"] = torch.stack(grad_norms).mean().item()
+    kls = []
+    measured = orders[0] if objective.kind == "adaptive" else orders[0, :1]
     with torch.no_grad():
-        kls = torch.stack([categorical_kl(batch["log_probs"][rows], agent(batch["obs"][rows])[0]) for rows in looked])
-    metrics["kl_after_update"] = (kls * weights[0, : len(kls)]).sum(-1).mean()
-    return dict(zip(metrics, total(torch.stack(list(metrics.values()))).tolist(), strict=True))
+        for i, rows in enumerate(measured):
+            log_probs, _ = agent(batch["obs"][rows])
+            kl = kl_between(batch["log_probs"][rows], log_probs)
+            kls.append((kl * row_weights[0, i]).sum())
+    metrics["kl_after_update"] = all_reduce(torch.stack(kls).mean()).item()
+    _, variance = mean_and_variance(batch["returns"], batch["valid"], all_reduce)
+    errors = batch["returns"] - batch["values"]
+    _, unexplained = mean_and_variance(errors, batch["valid"], all_reduce)
+    metrics["explained_variance"] = float(1 - unexplained / variance) if variance > 0 else 0.0
+    return metrics
 
 
-# -------------------------------------------------------------------------------------------------------- TRAINING
-def annealed(args: Args, objective: Objective, update: int) -> tuple[float, Objective]:
-    """Step size and objective of an update: alpha of Table 5 falls linearly from 1 to 0 over the run.  [detail 4]"""
-    alpha = 1 - update / args.num_updates
-    lr, epsilon = args.learning_rate * (alpha if args.anneal_lr else 1), objective.epsilon
-    return lr, objective._replace(epsilon=epsilon * alpha if args.anneal_clip else epsilon)
+# -------------------------------------------------------------------------------------- TRAINING
+def annealed(args: Args, objective: Objective, iteration: int) -> tuple[float, Objective]:
+    """Step size and objective of an update: alpha of Table 5 falls linearly from 1 to 0."""
+    alpha = 1 - iteration / args.num_updates
+    lr = args.learning_rate
+    if args.anneal_lr:  # [detail 4]
+        lr = lr * alpha
+    if args.anneal_clip:
+        objective = objective._replace(epsilon=objective.epsilon * alpha)
+    return lr, objective
 
 
-def join(device: str) -> tuple[int, int]:
-    """Rank and number of processes. Under torchrun, enters their group, and on CUDA takes the GPU of this process."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+@contextlib.contextmanager
+def torch_threads(count: int):
+    """PyTorch uses `count` CPU threads inside; afterwards, whatever happened, as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def begin(args: Args, saved: dict | None) -> tuple[dict, dict]:
+    """What a run begins with or goes on with: the state of its loop, and the parts that change."""
+    spec = envpool.make_spec(args.env_id, full_action_space=args.full_action_space)
+    dims = {"num_actions": int(spec.action_space.n), "bfloat16": args.precision == "bfloat16"}
+    torch.manual_seed(stream(args.seed, "weights"))
+    agent = Agent(**dims).to(args.device)
+    parts = {
+        "agent": agent,
+        "optimizer": torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True),  # [detail 3]
+        "action_rng": torch.Generator().manual_seed(stream(args.seed, "actions")),
+        "minibatch_rng": torch.Generator().manual_seed(stream(args.seed, "minibatches")),
+    }
+    state = {
+        "updates": 0,
+        "transitions": 0,
+        "beta": parse_objective(args.objective).beta,
+        "diverged_at": None,
+        "dims": dims,
+    }
+    if saved is not None:
+        state = saved["state"]
+        restore(parts, saved)
+    return state, parts
+
+
+@torch_threads(1)  # in updates more: bits depend on their number, and EnvPool needs the other cores
+def train(args: Args) -> tuple[Agent, dict]:
+    """Algorithm 1, then the evaluation. Returns the agent and what summary.json says of the run.
+
+    Only rank 0 has a summary; the other ranks return {}. Raises UserError for bad input, and
+    NonFiniteError where a number becomes NaN or infinite.
+    """
+    saved = None
+    if args.resume is not None:
+        args, saved = load_run(args.resume)
+    args = check_args(args)
+    objective = parse_objective(args.objective)
+    rank, world = join_ranks(args.device)
+    threads = args.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    local_envs = args.num_envs // world
+    first_env = rank * local_envs  # an actor's seed and noise depend on its place among all actors
+    actors = Actors(args, local_envs)
+    state, parts = begin(args, saved)
+    agent = parts["agent"]
+    loss_fn = torch.compile(minibatch_loss, dynamic=False) if args.compile else minibatch_loss
+    space_checkpoints(args)
+    if rank == 0:
+        who = {"seed": args.seed, "objective": args.objective}
+        run = Run(args, {"env_id": args.env_id}, who, saved)
+
+    for iteration in range(state["updates"], args.num_updates):
+        # ROLLOUT
+        if iteration % args.checkpoint_every == 0:  # a checkpoint holds no environments: begin anew
+            actors.restart(stream(args.seed, "environments", iteration) + first_env)
+        # every rank draws the noise of all actors and takes that of its own
+        shape = (args.num_steps, args.num_envs, state["dims"]["num_actions"])
+        noise = draw_noise(shape, parts["action_rng"])[:, first_env : first_env + local_envs]
+        rollout, games = collect(agent, actors, torch.from_numpy(noise).to(args.device))
+        computed = {name: rollout[name] for name in ("rewards", "log_probs", "values")}
+        check_finite(computed, iteration + 1)
+
+        # ADVANTAGES
+        terminated = rollout["terminated"]
+        truncated = rollout["truncated"]
+        if not args.bootstrap_truncated:  # a time limit counts as an end
+            terminated = terminated | truncated
+        values = rollout["values"].cpu()  # gae takes many small steps, slow on a GPU
+        rewards = rollout["rewards"]
+        advantages = gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
+        batch = {
+            "obs": rollout["obs"][:-1],
+            "actions": rollout["actions"],
+            "log_probs": rollout["log_probs"],
+            "log_prob": log_prob_of(rollout["log_probs"], rollout["actions"]),
+            "values": values[:-1],
+            "advantages": advantages,
+            "returns": advantages + values[:-1],  # V_targ: the TD(lambda) return
+            "valid": rollout["valid"].float(),
+        }
+        # [T, N, ...] -> [B, ...]
+        batch = {name: x.flatten(0, 1).to(args.device) for name, x in batch.items()}
+
+        # UPDATE
+        lr, current = annealed(args, objective, iteration)
+        parts["optimizer"].param_groups[0]["lr"] = lr
+        beta = state["beta"]
+        with torch_threads(threads):
+            losses = update(
+                agent=agent,
+                optimizer=parts["optimizer"],
+                batch=batch,
+                orders=draw_orders(args, rank, world, parts["minibatch_rng"]).to(args.device),
+                objective=current,
+                beta=beta,
+                args=args,
+                loss_fn=loss_fn,
+            )
+        weights = nn.utils.parameters_to_vector(agent.parameters())
+        check_finite(losses | {"weights": weights}, iteration + 1)
+        if objective.kind == "adaptive":
+            state["beta"] = adapt_beta(beta, losses["kl_after_update"], objective)
+
+        # LOG
+        state["updates"] += 1
+        state["transitions"] += int(all_reduce(batch["valid"].sum()))
+        episodes = []
+        for t, i, game_return, length in games:
+            episodes.append((t * args.num_envs + first_env + i, game_return, length))
+        episodes = gathered(episodes)
+        epsilon = current.epsilon if objective.kind == "clip" else None
+        if rank == 0:
+            charts = {"learning_rate": lr, "beta": beta, "epsilon": epsilon}
+            run.log(state["updates"], episodes, charts, losses)
+            due = state["updates"] % args.checkpoint_every == 0
+            if due or state["updates"] == args.num_updates:
+                save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank > 0:
+        return agent, {}
+    return agent, run.finish(state, evaluate(agent, args, run.path))
+
+
+@torch_threads(1)
+def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
+    """The returns of args.eval_episodes whole games, on seeds that training never used.
+
+    All games at once. Greedy actions, or sampled ones with args.sample_actions.
+    """
+    seed = 2**30 + stream(args.seed, "evaluation")
+    rng = torch.Generator().manual_seed(seed)
+    num_games = args.eval_episodes
+    actors = Actors(args, num_games, render=args.capture_video)
+    actors.restart(seed)
+    videos = []
+    if args.capture_video:
+        videos = [open_video(run_path / "videos" / f"game-{i}.mp4") for i in range(num_games)]
+    noise = np.zeros((num_games, agent.actor.out_features), np.float32)
+    actions = np.zeros(num_games, int)
+    returns = np.zeros(num_games)
+    running = np.ones(num_games, bool)
+    while running.any():
+        if args.capture_video:
+            for i in running.nonzero()[0]:
+                videos[i].write_frame(*actors.envs.render(env_ids=[i]))
+        if args.sample_actions:
+            noise = draw_noise(noise.shape, rng)
+        actions[running] = act(agent, actors.obs[running], noise[running])
+        *_, games = actors.step(actions)
+        for i, game_return, _ in games:
+            if running[i]:
+                returns[i] = game_return
+                running[i] = False
+    for video in videos:
+        video.close()
+    return returns.tolist()
+
+
+def load_agent(run_dir: str) -> tuple[Agent, Args]:
+    """The trained agent of a run folder, on the CPU, and its flags.
+
+    Raises UserError where there is no checkpoint, and under torchrun in every rank but the first.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        raise UserError("an agent is evaluated by one process: start it without torchrun")
+    args, saved = load_run(run_dir)
+    if saved is None:
+        raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
+    agent = Agent(**saved["state"]["dims"])
+    agent.load_state_dict(saved["agent"])
+    return agent, replace(args, device="cpu", compile=False)
+
+
+def load_policy(run_dir: str, sample_actions: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    """The trained policy of a run folder, as a function from frames to actions.
+
+    It takes what EnvPool gives: the last 4 frames [4, 84, 84] of bytes -> action, or of B games
+    [B, 4, 84, 84] -> actions [B]. Gives the most probable actions, or samples. Raises UserError
+    where there is no checkpoint.
+    """
+    agent, args = load_agent(run_dir)
+    rng = torch.Generator().manual_seed(stream(args.seed, "policy"))
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        shape = (*np.shape(obs)[:-3], agent.actor.out_features)
+        noise = draw_noise(shape, rng) if sample_actions else 0.0
+        return act(agent, obs, noise)
+
+    return policy
+
+
+# --------------------------------------------------------------------------- RANKS, CORES, VIDEOS
+def join_ranks(device: str) -> tuple[int, int]:
+    """Rank and number of ranks. Under torchrun, joins them; on CUDA, takes this rank's GPU."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1 and not dist.is_initialized():
@@ -498,132 +752,190 @@ def join(device: str) -> tuple[int, int]:
 
 def gathered(rows: list) -> list:
     """The rows of all ranks, in order."""
-    parts = [rows] * (dist.get_world_size() if dist.is_initialized() else 1)
+    parts = [rows]
     if dist.is_initialized():
+        parts = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, rows)
-    return sorted(row for part in parts for row in part)
+    return sorted(itertools.chain(*parts))
 
 
-def train(args: Args) -> tuple[Agent, list[dict]]:
-    """Algorithm 1, then the evaluation. Returns the agent and the rows of summary.json, which only rank 0 has. Raises
-    UserError for bad input and NonFiniteError where a number becomes NaN or infinite."""
-    args, saved = load_run(Args, args.resume) if args.resume is not None else (replace(args), None)
-    args.check()
-    rank, world = join(args.device)
-    threads = args.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(1)  # but in updates: bits depend on it, and EnvPool needs the other cores
-    loss_fn = torch.compile(minibatch_loss, dynamic=False) if args.compile else minibatch_loss
-    objective, own = parse_objective(args.objective), args.num_envs // world
-    state = {"update": 0, "global_step": 0, "beta": objective.beta, "transitions": [0], "diverged_at": [None]}
-    state = saved["state"] if saved else state  # its lists have one entry per agent, and here there is one
-    first = rank * own  # of this rank's actors: whatever belongs to an actor is keyed by its place among all of them
-    actors = start_actors(args, stream(args.seed, "environments", state["update"]) + first, own)
-    torch.manual_seed(stream(args.seed, "weights"))
-    dims = int(actors.envs.action_space.n), args.precision == "bfloat16"
-    agent = Agent(*dims).to(args.device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [detail 3]
-    rng = {name: torch.Generator().manual_seed(stream(args.seed, name)) for name in ("actions", "minibatches")}
-    restore(saved, agent=agent, optimizer=optimizer, **rng)
-    run = (Run if rank == 0 else Silence)(args, {"env_id": args.env_id}, math.ceil(50 * 2560 / args.num_steps), saved)
-    while state["update"] < args.num_updates:
-        # ROLLOUT
-        # argmax(logits + Gumbel noise) is a sample of softmax(logits); every rank draws the noise of all actors
-        noise = -torch.empty(args.num_steps, args.num_envs, dims[0]).exponential_(generator=rng["actions"]).log()
-        noise = noise[:, first : first + own].to(args.device)
-        rollout, episodes = collect(agent, actors, noise, run.seconds)
-        check_finite({name: rollout[name] for name in ("rewards", "log_probs", "values")}, state["update"] + 1)
+def draw_orders(args: Args, rank: int, world: int, rng: torch.Generator) -> Tensor:
+    """[K, P, M]: for each epoch a permutation of this rank's rows, cut into P minibatches.
 
-        # ADVANTAGES
-        torch.set_num_threads(threads)
-        values = rollout["values"].cpu()
-        recorded = rollout["rewards"], values, rollout["terminated"], rollout["truncated"]
-        batch = {"values": values[:-1], "advantages": gae(*recorded, args.gamma, args.gae_lambda)}
-        batch["returns"] = batch["advantages"] + batch["values"]  # V_targ, the TD(lambda) return
-        batch |= {"valid": rollout["valid"].float(), "obs": rollout["obs"][:-1]}
-        batch |= {"actions": rollout["actions"], "log_probs": rollout["log_probs"]}
-        batch = {name: x.flatten(0, 1).to(args.device) for name, x in batch.items()}  # [T, N, ...] -> [B, ...]
-
-        # UPDATE
-        lr, now = annealed(args, objective, state["update"])
-        optimizer.param_groups[0]["lr"] = lr
-        # a permutation for each epoch and rank, of which all draw all: the minibatches of a rank never change in size
-        orders = [torch.randperm(own * args.num_steps, generator=rng["minibatches"])
-                  for _ in range(args.update_epochs * world)][rank::world]  # fmt: skip
-        orders = torch.stack(orders).unflatten(1, (args.num_minibatches, -1)).to(args.device)
-        with run.timed("update"):
-            metrics = update(agent, optimizer, batch, orders, now, state["beta"], args, loss_fn)
-        torch.set_num_threads(1)
-        check_finite(metrics | {"weights": nn.utils.parameters_to_vector(agent.parameters())}, state["update"] + 1)
-
-        # LOG
-        episodes = [(t * args.num_envs + first + i, *scored) for t, i, *scored in episodes]
-        run.record(state["global_step"], gathered(episodes))
-        state["update"] += 1
-        state["global_step"] += args.batch_size
-        state["transitions"][0] += int(total(batch["valid"].sum()))
-        charts = {"charts/learning_rate": lr, "charts/beta": state["beta"]}
-        charts["charts/epsilon"] = now.epsilon if now.epsilon < math.inf else None
-        metrics["explained_variance"] = explained_variance(batch["values"], batch["returns"], batch["valid"])
-        run.log(state, [charts], [metrics])
-        state["beta"] = objective.adapt(state["beta"], metrics["kl_after_update"])
-        if state["update"] % args.checkpoint_every == 0 or state["update"] == args.num_updates:
-            run.save(state, dims=dims, agent=agent, optimizer=optimizer, **rng)
-            actors.envs.close()  # environments cannot be saved: every run, resumed or not, starts new games here
-            actors = start_actors(args, stream(args.seed, "environments", state["update"]) + first, own)
-    actors.envs.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return agent, run.finish(state, evaluate(agent, args, run.path)) if rank == 0 else []
+    Every rank draws the permutations of all ranks and takes its own.
+    """
+    epochs = []
+    for _ in range(args.update_epochs):
+        orders = [torch.randperm(args.batch_size // world, generator=rng) for _ in range(world)]
+        epochs.append(orders[rank])
+    return torch.stack(epochs).unflatten(1, (args.num_minibatches, -1))
 
 
-@torch.no_grad()
-def evaluate(agent: Agent, args: Args, run_path: Path) -> list[list[float]]:
-    """Plays E = args.eval_episodes whole games side by side, on seeds that training never used, and gives their
-    returns, in the game's own points, as [1, E]. Greedy actions, or sampled ones with args.sample_actions."""
-    seed, games = 2**30 + stream(args.seed, "evaluation"), args.eval_episodes
-    rng, returns, running = torch.Generator().manual_seed(seed), np.zeros(games), np.ones(games, bool)
-    actors = start_actors(args, seed, games, **({"render_mode": "rgb_array"} if args.capture_video else {}))
-    videos = [video(run_path / "videos" / f"game-{i}.mp4") for i in range(games if args.capture_video else 0)]
-    while running.any():
-        for i in running.nonzero()[0] if videos else ():
-            videos[i].write_frame(*actors.envs.render(env_ids=[i]))
-        seen = torch.from_numpy(actors.obs[running]).permute(0, 2, 3, 1).contiguous().to(args.device)
-        logits = torch.zeros(games, int(actors.envs.action_space.n))
-        logits[running] = agent(seen)[0].cpu()
-        if args.sample_actions:
-            logits -= torch.empty_like(logits).exponential_(generator=rng).log()
-        *_, over = play(actors, logits.argmax(-1).numpy())
-        returns, running = np.where(running & over, actors.returns, returns), running & ~over
-    for writer in videos:
-        writer.close()
-    return [returns.tolist()]
+def cores() -> int:
+    """CPU cores that this process may use: taskset or a job scheduler may leave it a part."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-# ---------------------------------------------------------------------------------------------------- AROUND THE RUN
-# The same text in every script of this repository: run folder, logging, checkpoint and resume, seeding, errors.
+def open_video(path: Path):
+    """An mp4 at the speed of the game, 15 steps a second: write_frame(screen), then close()."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # half a second to import
+
+    path.parent.mkdir(exist_ok=True)
+    return FFMPEG_VideoWriter(str(path), size=(160, 210), fps=15, pixel_format="rgb24")
 
 
-CLOCKS = ("environment", "policy", "update")
+# ----------------------------------------------------------------------------------------- FLAGS
+EVALUATION_FLAGS = ("eval_episodes", "sample_actions", "capture_video")  # go beside --evaluate
+LIMITS = {
+    (0, 2**31 - 1): ["seed"],
+    (1, 10**12): ["total_timesteps"],
+    (1, 2**20): ["num_envs", "num_steps", "update_epochs", "num_minibatches", "eval_episodes"],
+    (0, 1): ["gamma", "gae_lambda", "sticky_actions"],
+    (0, 1e12): ["vf_coef", "ent_coef", "checkpoint_every"],
+    (0, 1024): ["threads"],
+    (1e-12, 1e12): ["learning_rate", "value_clip", "target_kl"],
+    (1e-12, math.inf): ["max_grad_norm"],
+}
 
 
+def parse_args(argv: list[str]) -> Args:
+    """The command line. Where it is wrong, tyro says so in a box and exits with code 2."""
+    args = tyro.cli(Args, args=argv)
+    check_alone(argv)
+    return args
+
+
+def check_args(args: Args) -> Args:
+    """A copy of the flags, to work with, in which --precision is decided.
+
+    Raises UserError for the first flag that makes no sense.
+    """
+    check_game(args.env_id)
+    objective = parse_objective(args.objective)
+    for (low, high), names in LIMITS.items():
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:  # NaN is in no interval
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} must be between {low} and {high}, not {value}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.num_envs % world:
+        what = "each needs the same number; change --num-envs"
+        raise UserError(f"{args.num_envs} environments cannot be split over {world} ranks, {what}")
+    size = f"a batch of {args.num_envs} x {args.num_steps} = {args.batch_size} steps"
+    if args.batch_size > 2**20:  # 30 GB of observations
+        raise UserError(f"{size} is too large; lower --num-envs or --num-steps")
+    if args.batch_size % (args.num_minibatches * world):
+        share = f" on each of {world} ranks" if world > 1 else ""
+        raise UserError(f"{size} does not divide into {args.num_minibatches} minibatches{share}")
+    if args.batch_size < 4 * args.num_minibatches:
+        raise UserError(f"{size} is too small: a minibatch must hold at least 4 steps")
+    if objective.kind == "pg" and (args.update_epochs, args.num_minibatches) != (1, 1):
+        what = "eq. 2 can use a batch once only: add --update-epochs 1 --num-minibatches 1"
+        raise UserError(f"--objective pg: {what}")
+    if args.device not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, not {args.device!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA here; leave the flag out")
+    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs are fewer than the ranks")
+    if args.compile and not has_compiler():
+        raise UserError("--compile needs a C++ compiler such as g++; leave the flag out")
+    if args.capture_video and find_spec("moviepy") is None:
+        raise UserError("--capture-video needs moviepy: pip install moviepy, or leave it out")
+    if args.precision != "auto":
+        return replace(args)
+    if args.device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # without instructions for it, bfloat16 is slower than float32
+        native = torch.cpu._is_avx512_bf16_supported()
+    return replace(args, precision="bfloat16" if native else "float32")
+
+
+def check_game(env_id: str) -> None:
+    """Raises UserError where EnvPool does not have the game."""
+    games = [name for name, spec in registry.specs.items() if spec[0] == "envpool.atari"]
+    if env_id not in games:
+        similar = difflib.get_close_matches(env_id, games, 1)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        raise UserError(f"{env_id!r} is none of EnvPool's Atari games, such as Pong-v5{hint}")
+
+
+def parse_objective(text: str) -> Objective:
+    """clip:0.2, kl:1, adaptive:0.01, none or pg -> Objective. Raises UserError."""
+    kind, _, number = text.partition(":")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if text in ("none", "pg"):
+        return Objective(kind)
+    if kind == "clip" and 0 < value < math.inf:
+        return Objective(kind, epsilon=value)
+    if kind == "kl" and 0 < value < math.inf:
+        return Objective(kind, beta=value)
+    if kind == "adaptive" and 0 < value < math.inf:
+        return Objective(kind, beta=1.0, kl_target=value)
+    raise UserError(f"{text!r} is no objective: clip:EPS, kl:BETA, adaptive:D_TARG, none or pg")
+
+
+def has_compiler() -> bool:
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+
+
+def space_checkpoints(args: Args) -> None:
+    """Fill in --checkpoint-every: a checkpoint cuts games short, so 50 usual ones lie between."""
+    safe = math.ceil(50 * 2560 / args.num_steps)
+    first_rank = int(os.environ.get("RANK", 0)) == 0
+    if 0 < args.checkpoint_every < min(safe, args.num_updates) and first_rank:
+        what = f"--checkpoint-every below {safe} biases reported returns to short episodes"
+        print(f"note: {what}", file=sys.stderr)
+    args.checkpoint_every = args.checkpoint_every or safe
+
+
+def evaluate_run(args: Args) -> None:
+    """--evaluate: evaluate the run of a folder, print it, and write evaluation.json there."""
+    agent, trained = load_agent(args.evaluate)
+    options = {name: getattr(args, name) for name in EVALUATION_FLAGS}
+    returns = evaluate(agent, check_args(replace(trained, **options)), Path(args.evaluate))
+    result = {
+        "seed": trained.seed,
+        "objective": trained.objective,
+        "actions": "sampled" if args.sample_actions else "greedy",
+        "eval_return_mean": float(np.mean(returns)),
+        "eval_return_std": float(np.std(returns)),
+        "returns": returns,
+    }
+    path = Path(args.evaluate, "evaluation.json")
+    write_file(path, json.dumps([result], indent=2).encode())
+    print(f"{args.evaluate}, seed {trained.seed}: {describe(returns)}, {result['actions']} actions")
+
+
+# -------------------------------------------------------------------------------- AROUND THE RUN
+# The same text in all scripts: random streams, run folder, log, checkpoint and resume, errors.
 class UserError(Exception):
-    """Something the user can mend: main() prints it as one line and exits with code 2."""
+    """Something the user can mend: main() prints one line and exits with code 2."""
 
 
 class NonFiniteError(Exception):
-    """A number became NaN or infinite: main() prints it as one line and exits with code 3."""
+    """A number became NaN or infinite: main() prints one line and exits with code 3."""
 
 
 def check_finite(named: dict, update: int) -> None:
-    """Raises NonFiniteError, with the name and the update, unless every number in `named` is finite."""
+    """Raises NonFiniteError, with name and update, unless every number in `named` is finite."""
     for name, x in named.items():
         if not torch.isfinite(torch.as_tensor(x)).all():
-            raise NonFiniteError(f"{name} not finite in update {update}; the run stopped; any checkpoint is older")
+            raise NonFiniteError(f"{name} not finite in update {update}; checkpoints are older")
 
 
 def stream(seed: int, name: str, index: int = 0) -> int:
-    """The seed of one random stream of a run: a hash, so that all streams are independent. Below 2^30 - 2^20, so that
-    up to 2^20 environments can count on from it and evaluation, from 2^30 on, meets none of their seeds."""
+    """The seed of one random stream of a run: a hash, so that no two streams are related.
+
+    It is below 2^30 - 2^20. So the seeds of up to 2^20 environments, which count on from it, stay
+    below 2^30, where those of the evaluation begin.
+    """
     key = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
     return int.from_bytes(key[:8], "little") % (2**30 - 2**20)
 
@@ -638,308 +950,261 @@ def write_file(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """What Run.save wrote: a torch file and the SHA-256 of its bytes. Nothing in it is ever executed.
+def save_checkpoint(path: Path, saved: dict) -> None:
+    """A torch file and its SHA-256."""
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    write_file(path, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+
+
+def load_checkpoint(path: Path, script: str = Path(__file__).stem) -> dict:
+    """What save_checkpoint wrote. Nothing in it is ever executed.
 
     Raises UserError where the file is damaged, hostile or another script's.
     """
     data = path.read_bytes()
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise UserError(f"{path} is truncated or damaged; restore it from a copy or start the run again")
+        raise UserError(f"{path} is truncated or damaged; restore a copy, or start the run again")
     try:
         saved = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-        script, *_ = (saved[name] for name in ("script", "args", "state", "seconds", "recent", "lengths"))
-    except Exception as reason:  # whatever the unpickler meets in a file of unknown origin
-        raise UserError(f"{path} is not a checkpoint of this repository") from reason
-    if script != Path(__file__).stem:
-        raise UserError(f"{path} was written by {script}.py, not by {Path(__file__).name}")
+        complete = {"script", "args"} <= saved.keys()
+    except Exception:  # whatever the unpickler meets in a file of unknown origin
+        complete = False
+    if not complete:
+        raise UserError(f"{path} is not a checkpoint of this repository")
+    if saved["script"] != script:
+        raise UserError(f"{path} was written by {saved['script']}.py, not by {script}.py")
     return saved
 
 
-def restore(saved: dict | None, **parts) -> None:
-    """Put what Run.save took from modules, optimizers and generators back into them, if anything was saved."""
-    for name, part in parts.items() if saved else ():
-        part.set_state(saved[name]) if isinstance(part, torch.Generator) else part.load_state_dict(saved[name])
-
-
-def load_run(cls: type, run_dir: str) -> tuple[Args, dict | None]:
-    """The flags of a run folder and its checkpoint, None where none has been written yet. Raises UserError."""
+def load_run(run_dir: str) -> tuple[Args, dict | None]:
+    """The flags of a run folder, and its checkpoint if there is one. Raises UserError."""
     path = Path(run_dir)
     try:
         config = json.loads((path / "config.json").read_text())
-        if config["script"] != Path(__file__).stem:
-            raise UserError(f"{run_dir} is a run of {config['script']}.py, not of {Path(__file__).name}")
-        args = cls(**config["args"])
-        saved = load_checkpoint(path / "checkpoint.pt") if (path / "checkpoint.pt").exists() else None
-    except (OSError, ValueError, KeyError, TypeError) as reason:
+        script, flags = config["script"], config["args"]
+        unknown = ", ".join(sorted(flags.keys() - asdict(Args()).keys()))
+        exists = (path / "checkpoint.pt").exists()
+        saved = load_checkpoint(path / "checkpoint.pt") if exists else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise UserError(f"{run_dir} is not a run folder that can be read: {reason}") from reason
-    if saved is not None and saved["args"] != config["args"]:
-        raise UserError(f"{path / 'config.json'} has changed since the checkpoint was written; undo the change")
-    args.run_dir = args.resume = str(path)
-    return args, saved
+    if script != Path(__file__).stem:
+        raise UserError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
+    if unknown:
+        made = "made by another version or by benchmark/lockstep.py"
+        raise UserError(f"{run_dir} was {made}: this script has no flags {unknown}")
+    if saved is not None and "updates" not in saved.get("state", {}):
+        raise UserError(f"{run_dir} was made by another version of {script}.py")
+    if saved is not None and saved["args"] != flags:
+        raise UserError(f"{path}/config.json has changed since the checkpoint; undo the change")
+    return Args(**flags | {"run_dir": run_dir, "resume": run_dir}), saved
+
+
+def restore(parts: dict, saved: dict) -> None:
+    """Put into modules, optimisers and generators what Run.checkpoint took from them."""
+    for name, part in parts.items():
+        load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
+        load(saved[name])
 
 
 class Run:
-    """A run's folder, clock, progress bar and Weights & Biases mirror.
+    """The folder of a run, its progress bar and its Weights & Biases mirror.
 
-    task: the summary's first entry, such as {"env_id": ...}; args.agents: a dict per agent that names it, seed first;
-    safest: the fewest updates between checkpoints that leave reported returns as they are, and the default;
-    saved: the checkpoint to go on from.
+    task: {"env_id": ...}. who: {"seed": ..., "objective": ...}, which every row of a CSV repeats.
     """
 
-    def __init__(self, args: Args, task: dict, safest: int, saved: dict | None):
-        self.task, self.agents, (self.title,) = task, args.agents, task.values()
-        args.checkpoint_every = args.checkpoint_every or safest
-        self.recent = saved["recent"] if saved else [[] for _ in self.agents]  # of the last 100 episodes
-        # first: up to the end of the first update of each process, with any compilation; starts: how many these were
-        self.seconds = saved["seconds"] if saved else dict.fromkeys(("wall", "first", "starts", *CLOCKS), 0.0)
-        self.started, self.settled = time.perf_counter() - self.seconds["wall"], False
+    hide_bar = None  # as tqdm takes it: hide it where there is no terminal
 
-        script, seeds = Path(__file__).stem, "-".join(dict.fromkeys(str(agent["seed"]) for agent in self.agents))
-        stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-        self.path = Path(args.run_dir or "runs/" + re.sub(r"[/:]", "-", f"{self.title}__{script}__{seeds}__{stamp}"))
-        self.config = json.loads(json.dumps(asdict(args) | {"run_dir": None, "resume": None}))  # as it is read back
+    def __init__(self, args: Args, task: dict, who: dict, saved: dict | None):
+        self.task = task
+        self.who = who
+        self.batch_size = args.batch_size
+        (self.title,) = task.values()
+        self.flags = json.loads(json.dumps(asdict(args) | {"run_dir": None, "resume": None}))
+        self.recent = saved["recent"] if saved else []  # [return, length] of the last 100 episodes
+        self.started = time.perf_counter()
+        self.seconds_before = saved["seconds"] if saved else 0.0  # of earlier processes
+        self.seconds = self.seconds_before  # until the end of the last update
+        self.sps = saved["sps"] if saved else None
+        self.warm = None  # time and step when the first update, which may compile, was over
+        name = f"{self.title}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}"))
         if args.track:
-            import wandb  # a second of start-up that only --track pays
-
-            try:
-                wandb.login()
-            except wandb.Error as reason:
-                raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
+            call_wandb("login")
         try:
             if not args.resume:
-                self.path.mkdir(parents=True, exist_ok=True)
-                if any(self.path.iterdir()):
-                    raise UserError(f"{self.path} is not empty; choose another --run-dir, or --resume {self.path}")
-                write_file(self.path / "config.json", json.dumps(self.provenance(), indent=2).encode())
+                self.create_folder()
             self.files = {}
-            for name, length in (saved["lengths"] if saved else {"metrics.csv": 0, "episodes.csv": 0}).items():
-                self.files[name] = open(self.path / name, "r+" if saved else "w", newline="")  # noqa: SIM115
-                if self.files[name].seek(0, os.SEEK_END) < length:
-                    raise UserError(f"{self.path / name} is shorter than when the checkpoint was written; start again")
-                self.files[name].seek(length)
-                self.files[name].truncate()  # rows later than the checkpoint will be written again
+            for name in ("metrics.csv", "episodes.csv"):
+                file = open(self.path / name, "r+" if saved else "w", newline="")  # noqa: SIM115
+                length = saved["lengths"][name] if saved else 0
+                if file.seek(0, os.SEEK_END) < length:
+                    raise UserError(f"{self.path}/{name} is shorter than at the checkpoint")
+                file.seek(length)
+                file.truncate()  # the rows after the checkpoint will be written again
+                self.files[name] = file
         except OSError as reason:
-            raise UserError(f"cannot write to {reason.filename or self.path}: {reason.strerror}") from reason
-        if 0 < args.checkpoint_every < min(safest, args.num_updates):
-            print(f"note: --checkpoint-every below {safest} biases reported returns to short episodes", file=sys.stderr)
-        self.writers = {name: csv.writer(file, lineterminator="\n") for name, file in self.files.items()}
-        self.mirrors = self.mirror(args.wandb_project) if args.track else []
-        steps, done = args.batch_size * args.num_updates, saved["state"]["global_step"] if saved else 0
-        self.bar = tqdm(total=steps, initial=done, desc=self.title, unit=" steps", unit_scale=True, disable=None)
+            where = reason.filename or self.path
+            raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
+        self.wandb = None
+        if args.track:
+            start = (self.path / "config.json").read_bytes()  # names this run, and stays the same
+            key = hashlib.sha256(start + os.fsencode(self.path)).hexdigest()[:32]
+            where = {"project": args.wandb_project, "name": self.path.name, "dir": self.path}
+            self.wandb = call_wandb("init", **where, id=key, resume="allow", config=self.flags)
+        done = saved["state"]["updates"] * args.batch_size if saved else 0
+        steps = args.num_updates * args.batch_size
+        self.bar = tqdm(
+            total=steps, initial=done, desc=self.title, unit_scale=True, disable=self.hide_bar
+        )
 
-    def provenance(self) -> dict:
-        """What config.json holds."""
-        here = Path(__file__).resolve()
-        command = ["git", "-C", str(here.parent), "status", "--porcelain=v2", "--branch", "--", here.name]
-        try:
-            said = subprocess.run(command, capture_output=True, text=True).stdout
-        except OSError:  # no git on this machine
-            said = ""
-        commit = re.search(r"^# branch.oid ([0-9a-f]{40,})$", said, re.M)
-        commit = commit and commit[1] + "-dirty" * bool(re.search("^[^#]", said, re.M))  # this script has changes
-        used = [name for name in ("torch", "numpy", "gymnasium", "envpool", "tyro") if name in sys.modules]
-        versions = {name: version(name) for name in used}
-        versions["python"], now = sys.version.split()[0], datetime.datetime.now().isoformat(timespec="seconds")
-        return {"script": here.stem, "args": self.config, "versions": versions, "git_commit": commit, "started": now}
+    def create_folder(self) -> None:
+        """A new folder with config.json in it. Raises UserError where the folder is not empty."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if any(self.path.iterdir()):
+            what = f"choose another --run-dir, or --resume {self.path}"
+            raise UserError(f"{self.path} is not empty; {what}")
+        packages = ("torch", "numpy", "gymnasium", "envpool", "tyro")
+        versions = {name: version(name) for name in packages if name in sys.modules}
+        config = {
+            "script": Path(__file__).stem,
+            "args": self.flags,
+            "versions": versions | {"python": sys.version.split()[0]},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }
+        write_file(self.path / "config.json", json.dumps(config, indent=2).encode())
 
-    def mirror(self, project: str) -> list:
-        """One Weights & Biases run per agent."""
-        import wandb
+    def write_row(self, name: str, row: dict) -> None:
+        """A row of a CSV; the first one goes under a header."""
+        writer = csv.writer(self.files[name], lineterminator="\n")
+        if self.files[name].tell() == 0:
+            writer.writerow(row)
+        writer.writerow(row.values())
 
-        runs, where = [], {"project": project, "group": self.path.name, "dir": self.path, "reinit": "create_new"}
-        start = (self.path / "config.json").read_bytes()  # flags and the time: no other run's, and kept by --resume
-        for agent in self.agents:
-            name = "__".join(re.sub(r"[^\w.=-]", "-", str(part)) for part in (self.path.name, *agent.values()))
-            where["id"] = hashlib.sha256(start + name.encode()).hexdigest()[:32]
-            try:
-                runs.append(wandb.init(name=name, resume="allow", config=self.config | agent, **where))
-            except wandb.Error as reason:
-                raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
-        return runs
+    def log(self, update: int, episodes: list, charts: dict, losses: dict, **more) -> None:
+        """The metrics of an update, and its episodes: (row in the batch, return, length) each.
 
-    @contextlib.contextmanager
-    def timed(self, name: str):
-        """Add the seconds spent inside to self.seconds[name]."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-    def record(self, global_step: int, episodes: list[tuple[int, float, int]], agent: int = 0) -> None:
-        """Take (rows after global_step, return, length) of each finished episode into episodes.csv and the means."""
-        if self.files["episodes.csv"].tell() == 0:
-            self.writers["episodes.csv"].writerow(["global_step", *self.agents[agent], "return", "length"])
-        for row, ret, length in episodes:
-            self.writers["episodes.csv"].writerow([global_step + row + 1, *self.agents[agent].values(), ret, length])
-        self.recent[agent] = (self.recent[agent] + [[ret, length] for _, ret, length in episodes])[-100:]
-
-    def log(self, state: dict, charts: list[dict], losses: list[dict]) -> None:
-        """One row per agent in metrics.csv; None, and a mean over no episode, are left empty."""
-        before, self.seconds["wall"] = self.seconds["wall"], time.perf_counter() - self.started
-        if not self.settled:
-            self.seconds["first"] += self.seconds["wall"] - before
-            self.seconds["starts"] += 1
-            gc.collect()  # all that exists after an update stays; searching it for garbage again cost 4% of a run
-            gc.freeze()
-            self.settled = True
-        for i, agent in enumerate(self.agents):
-            returns, lengths = zip(*self.recent[i], strict=True) if self.recent[i] else ((), ())
-            row = {"charts/episodic_return": np.mean(returns).item() if returns else None}
-            row["charts/episodic_length"] = np.mean(lengths).item() if lengths else None
-            row["charts/SPS"] = state["global_step"] * len(self.agents) / self.seconds["wall"]
-            row |= charts[i] | {f"losses/{name}": value for name, value in losses[i].items()}
-            where = {"update": state["update"], "global_step": state["global_step"]} | agent
-            if self.files["metrics.csv"].tell() == 0:
-                self.writers["metrics.csv"].writerow(where | row)
-            self.writers["metrics.csv"].writerow((where | row).values())
-            if self.mirrors:
-                logged = {name: value for name, value in row.items() if value is not None}
-                self.mirrors[i].log(logged, step=state["global_step"])
+        more: metrics by their whole names.
+        """
+        step = update * self.batch_size
+        for row, episode_return, length in episodes:
+            where = {"global_step": step - self.batch_size + row + 1} | self.who
+            self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
+            self.recent.append([episode_return, length])
+        self.recent = self.recent[-100:]
+        mean_return, mean_length = np.mean(self.recent, 0).tolist() if self.recent else (None, None)
+        now = time.perf_counter()
+        self.seconds = self.seconds_before + now - self.started
+        if self.warm is None:
+            self.warm = now, step
+            self.sps = self.batch_size / (now - self.started)
+        else:
+            self.sps = (step - self.warm[1]) / (now - self.warm[0])
+        row = {
+            "charts/episodic_return": mean_return,  # an empty cell where no episode has ended yet
+            "charts/episodic_length": mean_length,
+            "charts/SPS": self.sps,
+        }
+        row |= {f"charts/{name}": value for name, value in charts.items()}
+        row |= {f"losses/{name}": value for name, value in losses.items()}
+        row |= more
+        where = {"update": update, "global_step": step}
+        self.write_row("metrics.csv", where | self.who | row)
         for file in self.files.values():
             file.flush()
-        means = [np.mean([ret for ret, _ in recent]) for recent in self.recent if recent]
-        kls = [row["kl_after_update"] for row in losses if row["kl_after_update"] is not None]
-        shown = [f"return {np.mean(means):.1f}"] if means else []
-        shown += [f"KL {np.mean(kls):.4f}"] if kls else []
-        self.bar.set_postfix_str(", ".join(shown), refresh=False)
-        self.bar.update(state["global_step"] - self.bar.n)
+        if self.wandb is not None:
+            self.wandb.log({k: x for k, x in row.items() if x is not None}, step=step)
+        shown = {"return": mean_return, "KL": losses["kl_after_update"]}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(self.batch_size)
 
-    def save(self, state: dict, **parts) -> None:
-        """Write checkpoint.pt: the loop's state, where the CSVs stand, and the state of every part."""
-        for file in self.files.values():
+    def checkpoint(self, state: dict, parts: dict) -> dict:
+        """What --resume needs: the state of the loop and of every part, the lengths of the CSVs."""
+        saved = {"script": Path(__file__).stem, "args": self.flags, "state": state}
+        saved |= {"recent": self.recent, "seconds": self.seconds, "sps": self.sps, "lengths": {}}
+        for name, file in self.files.items():
             os.fsync(file.fileno())
-        saved = {"script": Path(__file__).stem, "args": self.config, "state": state, "seconds": self.seconds}
-        saved |= {"recent": self.recent, "lengths": {name: file.tell() for name, file in self.files.items()}}
+            saved["lengths"][name] = file.tell()
         for name, part in parts.items():
-            take = getattr(part, "get_state", None) or getattr(part, "state_dict", None)
-            saved[name] = take() if take else part
-        buffer = io.BytesIO()
-        torch.save(saved, buffer)
-        write_file(self.path / "checkpoint.pt", buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+            take = part.get_state if isinstance(part, torch.Generator) else part.state_dict
+            saved[name] = take()
+        return saved
 
-    def finish(self, state: dict, returns: list[list[float]]) -> list[dict]:
-        """Write summary.json from the evaluation's returns, one list per agent, and say how each agent did."""
+    def finish(self, state: dict, returns: list[float]) -> dict:
+        """Write summary.json, with the returns of the evaluation, and say how the run did."""
         self.bar.close()
-        gc.unfreeze()
-        rows, wall = [], self.seconds["wall"]
-        steps = state["global_step"] * len(self.agents)
-        timed = steps * (1 - self.seconds["starts"] / state["update"]), wall - self.seconds["first"]
-        for i, (agent, recent, evaluated) in enumerate(zip(self.agents, self.recent, returns, strict=True)):
-            row = self.task | agent | {"total_timesteps": state["global_step"], "transitions": state["transitions"][i]}
-            row |= {"wall_seconds": wall, "seconds": {name: self.seconds[name] for name in CLOCKS}}
-            row |= {"sps": timed[0] / timed[1] if timed[1] > 0 else steps / wall}
-            row |= {"last_100_return": np.mean([ret for ret, _ in recent]).item() if recent else None}
-            row |= {"eval_return_mean": np.mean(evaluated).item(), "eval_return_std": np.std(evaluated).item()}
-            rows.append(row | {"eval_episodes": len(evaluated), "diverged_at": state["diverged_at"][i]})
-        write_file(self.path / "summary.json", json.dumps(rows, indent=2).encode())
-        for mirror, row in zip(self.mirrors, rows, strict=False):
-            mirror.summary.update(row)
-            mirror.finish()
         for file in self.files.values():
             file.close()
-        for agent, row in zip(self.agents, rows, strict=True):
-            who = " ".join(f"{name} {value}" for name, value in agent.items())
-            score = f"{row['eval_return_mean']:.1f} +- {row['eval_return_std']:.1f} in {row['eval_episodes']} episodes"
-            cost = f"{state['global_step']:,} steps in {wall:.1f} s"
-            print(f"{self.title}, {who}: evaluation {score}; {cost}; {self.path}")
-        return rows
+        steps = state["updates"] * self.batch_size
+        summary = {
+            **self.task,
+            **self.who,
+            "total_timesteps": steps,
+            "transitions": state["transitions"],
+            "wall_seconds": self.seconds,
+            "sps": self.sps,
+            "last_100_return": float(np.mean(self.recent, 0)[0]) if self.recent else None,
+            "eval_return_mean": float(np.mean(returns)),
+            "eval_return_std": float(np.std(returns)),
+            "eval_episodes": len(returns),
+            "diverged_at": state["diverged_at"],
+        }
+        write_file(self.path / "summary.json", json.dumps([summary], indent=2).encode())
+        if self.wandb is not None:
+            self.wandb.summary.update(summary)
+            self.wandb.finish()
+        how = f"{self.who['objective']}, seed {self.who['seed']}: {describe(returns)}"
+        print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.path}")
+        return summary
 
 
-def parse_args(cls: type, argv: list[str]) -> Args:
-    """The command line as an object of `cls`. Raises UserError, with what tyro says on it, in one line."""
-    told = io.StringIO()
+def describe(returns: list[float]) -> str:
+    """The returns of an evaluation in words."""
+    mean, std = np.mean(returns), np.std(returns)
+    return f"evaluation {mean:.1f} +- {std:.1f} in {len(returns)} episodes"
+
+
+def call_wandb(name: str, /, **options):
+    """wandb.login or wandb.init. Raises UserError where there is no account or no network."""
+    import wandb  # a second of start-up that only --track pays
+
     try:
-        with contextlib.redirect_stderr(told):
-            args = tyro.cli(cls, args=argv)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = "\n".join(line.strip(" │") for line in told.getvalue().splitlines()[1:])  # without the box's title
-        complaint, *rest = (" ".join(part.split()) for part in re.split("(?m)^[─-]{4,}$", lines) if part.strip())
-        hint = re.search(r"(?:Perhaps you meant|Arguments similar to \S+): (--[\w-]+)", " ".join(rest))
-        raise UserError(complaint + (f"; did you mean {hint[1]}?" if hint else "")) from stop
-    flags = {flag.partition("=")[0].replace("_", "-").replace("--no-", "--") for flag in argv if flag.startswith("--")}
-    names = ["--" + name.replace("_", "-") for name in cls.__dataclass_fields__]
-    own = set(names[names.index("--evaluate") + 1 :])  # the flags of an evaluation are declared last
-    for alone, beside in (("--resume", set()), ("--evaluate", own)):
-        if alone in flags and (extra := sorted(flags - beside - {alone})):
-            raise UserError(f"{extra[0]} cannot stand beside {alone}: the run's own config.json decides")
-    return args
+        return getattr(wandb, name)(**options)
+    except wandb.Error as reason:
+        raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
 
 
-# -------------------------------------------------------------------------------------------------------- COMMANDS
-class Silence(Run):
-    """Run on every rank but 0: takes everything and writes nothing."""
-
-    def __init__(self, args: Args, task: dict, safest: int, saved: dict | None):
-        args.checkpoint_every = args.checkpoint_every or safest
-        self.seconds = dict.fromkeys(CLOCKS, 0.0)
-
-    def record(self, *_) -> None:
-        pass
-
-    def log(self, *_) -> None:
-        pass
-
-    def save(self, *_, **__) -> None:
-        pass
+def check_alone(argv: list[str]) -> None:
+    """Raises UserError for a flag beside --resume or --evaluate: config.json decides there."""
+    words = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    flags = [word[2:].removeprefix("no-").replace("-", "_") for word in words]
+    for alone, allowed in (("resume", ()), ("evaluate", EVALUATION_FLAGS)):
+        for flag, word in zip(flags, words, strict=True):
+            if alone in flags and flag not in (alone, *allowed):
+                raise UserError(f"{word} cannot stand beside --{alone}: config.json decides")
 
 
-def video(path: Path):
-    """An mp4 at the speed of the game, 15 steps of 4 frames a second: write_frame(screen) appends, close() ends it."""
-    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # half a second of start-up for --capture-video alone
-
-    path.parent.mkdir(exist_ok=True)
-    return FFMPEG_VideoWriter(str(path), size=(160, 210), fps=15, pixel_format="rgb24")
-
-
-def cores() -> int:
-    """CPU cores that this process may use: those of the machine, or fewer under taskset or a job scheduler."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def command(argv: list[str]) -> None:
+    """Train, or evaluate, as the command line says."""
+    args = parse_args(argv)
+    if args.evaluate is None:
+        train(args)
+    else:
+        evaluate_run(args)
 
 
-def load_agent(run_dir: str) -> tuple["Agent", Args]:
-    """The trained agent of a run folder, on the CPU, and its flags. Raises UserError where there is no checkpoint, and
-    in all processes of torchrun but the first."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        raise UserError("an agent is evaluated by one process: start it without torchrun")
-    torch.set_num_threads(1)  # as in train()
-    args, saved = load_run(Args, run_dir)
-    if saved is None:
-        raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
-    agent = Agent(*saved["dims"])
-    restore(saved, agent=agent)
-    args.device, args.compile = "cpu", False
-    return agent, args
-
-
-def evaluate_run(args: Args) -> None:
-    """--evaluate: load, evaluate, print, and write evaluation.json into the run folder."""
-    agent, trained = load_agent(args.evaluate)
-    trained.eval_episodes, trained.sample_actions = args.eval_episodes, args.sample_actions
-    trained.capture_video = args.capture_video
-    trained.check()
-    path, how, results = Path(args.evaluate), "sampled" if args.sample_actions else "greedy", []
-    for who, returns in zip(trained.agents, evaluate(agent, trained, path), strict=True):
-        row = {"eval_return_mean": np.mean(returns).item(), "eval_return_std": np.std(returns).item()}
-        results.append(who | {"actions": how} | row | {"returns": returns})
-    write_file(path / "evaluation.json", json.dumps(results, indent=2).encode())
-    for who, row in zip(trained.agents, results, strict=True):
-        label = " ".join(f"{name} {value}" for name, value in who.items())
-        score = f"{row['eval_return_mean']:.1f} +- {row['eval_return_std']:.1f}"
-        print(f"{path}, {label}: {score} in {len(row['returns'])} {how} episodes")
-
-
-def main() -> None:
+def main(run_command: Callable[[list[str]], None] = command) -> None:
     """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
+    torch.set_num_threads(1)  # for small networks, more cost more than they save
+    gc.freeze()  # what the imports left is no garbage; to search it costs some percent of a run
     try:
-        args = parse_args(Args, sys.argv[1:])
-        train(args) if args.evaluate is None else evaluate_run(args)
-    except (UserError, NonFiniteError, OSError) as reason:  # OSError: a full disk, a folder that cannot be written
+        run_command(sys.argv[1:])
+    except (UserError, NonFiniteError, OSError) as reason:  # OSError: a full disk, no permission
         print("error: " + " ".join(str(reason).split()), file=sys.stderr)
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:
-        print("interrupted; --resume RUN_DIR goes on from its last checkpoint, if it has one", file=sys.stderr)
+        what = "--resume RUN_DIR goes on from the last checkpoint, if there is one"
+        print(f"interrupted; {what}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,4 +1,4 @@
-"""What the files of this folder share: errors in one line, CSV and Markdown tables, the name of the machine."""
+"""What the files of this folder share: errors in one line, tables, the name of the machine."""
 
 import argparse
 import csv
@@ -20,7 +20,11 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are UserErrors and whose --help states the defaults."""
 
     def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str):
         raise UserError(message)
@@ -34,7 +38,10 @@ def positive(text: str) -> int:
 
 
 def cli(main: Callable[[list[str]], None]) -> None:
-    """Run main(flags) and exit: 0 done, 2 bad input or a file that cannot be read or written, 130 interrupted."""
+    """Run main(flags) and exit.
+
+    0: done. 2: bad input, or a file that cannot be read or written. 130: interrupted.
+    """
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as reason:
@@ -60,19 +67,30 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def merge_runs(folder: Path, read: list[tuple[dict, list[dict]]], column: str, order: list[str]) -> None:
-    """Put runs into runs.csv, a row each, and curves.csv, its points, in place of those that agree with one of them in
-    `column`; others stay. Sorted by the place of that column's cell in `order`, otherwise as they were."""
+def merge_runs(
+    folder: Path, read: list[tuple[dict, list[dict]]], column: str, order: list[str]
+) -> None:
+    """Put runs into runs.csv, a row each, and curves.csv, its points.
+
+    They replace those that agree with one of them in `column`; others stay. Sorted by the place of
+    that column's cell in `order`, otherwise as they were.
+    """
     mine = {row[column] for row, _ in read}
     points = [point for _, curve in read for point in curve]
-    for path, fresh in ((folder / "runs.csv", [row for row, _ in read]), (folder / "curves.csv", points)):
+    for path, fresh in (
+        (folder / "runs.csv", [row for row, _ in read]),
+        (folder / "curves.csv", points),
+    ):
         kept = [row for row in (read_csv(path) if path.exists() else []) if row[column] not in mine]
         write_csv(path, sorted(kept + fresh, key=lambda row: order.index(row[column])))
 
 
 def check_config(folder: Path, wanted: dict) -> dict:
-    """The config.json of a run's folder. Raises UserError where there is none, or where its flags are not the wanted
-    ones: then a report would state flags that never ran."""
+    """The config.json of a run's folder.
+
+    Raises UserError where there is none, or where its flags are not the wanted ones: then a report
+    would state flags that never ran.
+    """
     try:
         config = json.loads((folder / "config.json").read_text())
         made = config["args"]
@@ -92,9 +110,10 @@ def markdown(rows: list[dict]) -> str:
 
 
 def git_commit() -> str:
-    """Of this repository, with -dirty where a .py of it has changes; empty where there is no git."""
+    """Of this repository, with -dirty where a .py has changes; empty where there is no git."""
     root = Path(__file__).resolve().parents[1]
-    git = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no", "--", "*.py"]
+    git = ["git", "-C", str(root), "status"]
+    git += ["--porcelain=v2", "--branch", "--untracked-files=no", "--", "*.py"]
     try:
         said = subprocess.run(git, capture_output=True, text=True).stdout
     except OSError:  # not even the program
@@ -107,4 +126,5 @@ def machine() -> dict:
     """{"cpu": its model, "cores": how many}"""
     path = Path("/proc/cpuinfo")  # Linux alone has it
     model = re.search(r"model name\s*:\s*(.*)", path.read_text()) if path.exists() else None
-    return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    cpu = model[1] if model else platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": os.cpu_count()}

@@ -1,14 +1,15 @@
-"""The documented results on Atari, again from nothing: every run a process of ppo_atari.py.
+"""The documented results on Atari, run again by ppo_atari.py, a process each.
 
-    python benchmark/atari.py                       # all runs, one after another, then the report: hours
-    python benchmark/atari.py --runs pong           # Pong for 3M steps with all other flags at their defaults
+    python benchmark/atari.py                       # all runs, then the report: hours
+    python benchmark/atari.py --runs pong           # Pong for 3M steps, all else at its default
     python benchmark/atari.py --runs pong-float32   # the same without bfloat16
-    python benchmark/atari.py --runs bfloat16       # 1M steps, too few for schedules that end with the run
+    python benchmark/atari.py --runs bfloat16       # 1M steps, too few for the schedules
     python benchmark/atari.py --report              # the report alone, from the CSVs
 
-Runs live in runs/atari/. One that was interrupted goes on at its last checkpoint, a finished one is left alone, so the
-same command may be given again and again. Results are benchmark/results/atari/: runs.csv and curves.csv, in which those
-of other runs stay; from these alone the report makes summary.md and a picture per group of runs.
+Runs live in runs/atari/. One that was interrupted goes on at its last checkpoint, a finished one is
+left alone, so the same command may be given again and again. Results are benchmark/results/atari/:
+runs.csv and curves.csv, in which those of other runs stay; from these alone the report makes
+summary.md and a picture per group of runs.
 """
 
 import json
@@ -20,9 +21,20 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import Parser, UserError, check_config, cli, machine, markdown, merge_runs, plot, positive, read_csv
+from benchmark import (
+    Parser,
+    UserError,
+    check_config,
+    cli,
+    machine,
+    markdown,
+    merge_runs,
+    plot,
+    positive,
+    read_csv,
+)
 from benchmark.classic import describe, each, execute, first_step_at_threshold, provenance
-from ppo_atari import Args, parse_args
+from ppo_atari import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs/atari")  # below ROOT, where the runs are started
@@ -35,14 +47,15 @@ class Task(NamedTuple):
     threshold: float | None = None  # what the mean return of 100 consecutive games must reach
 
 
+SHORT = "--total-timesteps 1000000 --threads 1 --checkpoint-every 250 --precision bfloat16"
 TASKS = {
     "pong": Task("pong", "--total-timesteps 3000000", 15),
     "pong-float32": Task("pong", "--total-timesteps 3000000 --precision float32", 15),
-    "bfloat16": Task("short", "--total-timesteps 1000000 --threads 1 --checkpoint-every 250 --precision bfloat16"),
+    "bfloat16": Task("short", SHORT),
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ RUNS
+# ------------------------------------------------------------------------------------------ RUNS
 def folder(name: str) -> Path:
     """Of a run, below ROOT."""
     return RUNS / name
@@ -54,37 +67,54 @@ def command(name: str) -> list[str]:
 
 
 def read_config(name: str) -> dict:
-    """A run's config.json. Raises UserError where there is none, or where it is not that of this run's command."""
-    flags, filled = vars(parse_args(Args, command(name)[1:])), (0, "auto", str(folder(name)))
-    derived = {"run_dir", "checkpoint_every", "precision"}  # where left to it, the script fills them in by itself
-    wanted = {flag: value for flag, value in flags.items() if not (flag in derived and value in filled)}
+    """A run's config.json.
+
+    Raises UserError where there is none, or where it is not that of this run's command.
+    """
+    wanted = vars(parse_args(command(name)[1:]))
+    filled = {"run_dir": str(folder(name)), "checkpoint_every": 0, "precision": "auto"}
+    for flag, value in filled.items():  # where left to it, the script fills them in by itself
+        if wanted[flag] == value:
+            del wanted[flag]
     return check_config(ROOT / folder(name), wanted)
 
 
 def complete(name: str) -> None:
-    """Start a run, go on with it, or leave it alone, whatever its folder asks for. Raises UserError where it fails."""
+    """Start a run, go on with it, or leave it alone, whatever its folder asks for.
+
+    Raises UserError where it fails.
+    """
     if (ROOT / folder(name) / "summary.json").exists():
         return
     if (ROOT / folder(name) / "config.json").exists():
         execute(["ppo_atari.py", "--resume", str(folder(name))])
     else:
-        shutil.rmtree(ROOT / folder(name), ignore_errors=True)  # stopped before its first file was whole
+        # stopped before its first file was whole
+        shutil.rmtree(ROOT / folder(name), ignore_errors=True)
         execute(command(name))
 
 
 def read_run(name: str) -> tuple[dict, list[dict]]:
-    """A finished run's row of runs.csv and its rows of curves.csv. Raises UserError where a file does not fit."""
+    """A finished run's row of runs.csv and its rows of curves.csv.
+
+    Raises UserError where a file does not fit.
+    """
     config, path, task = read_config(name), ROOT / folder(name), TASKS[name]
     try:
         (summary,) = json.loads((path / "summary.json").read_text())
         metrics, episodes = (read_csv(path / file) for file in ("metrics.csv", "episodes.csv"))
         row = {"run": name, "env_id": summary["env_id"], "seed": summary["seed"]}
-        row |= {"precision": config["args"]["precision"], "command": f"python {' '.join(command(name))}"}
-        wanted = "total_timesteps wall_seconds sps last_100_return eval_return_mean eval_return_std eval_episodes"
+        row |= {"precision": config["args"]["precision"]}
+        row |= {"command": f"python {' '.join(command(name))}"}
+        wanted = "total_timesteps wall_seconds sps last_100_return"
+        wanted += " eval_return_mean eval_return_std eval_episodes"
         row |= provenance(config) | {"envpool": config["versions"]["envpool"]}
         row |= {key: summary[key] for key in wanted.split()}
-        row |= {"games": len(episodes), "mean_return": np.mean([float(episode["return"]) for episode in episodes])}
-        reached = None if task.threshold is None else first_step_at_threshold(metrics, episodes, task.threshold)
+        returns = [float(episode["return"]) for episode in episodes]
+        row |= {"games": len(episodes), "mean_return": np.mean(returns)}
+        reached = None
+        if task.threshold is not None:
+            reached = first_step_at_threshold(metrics, episodes, task.threshold)
         row |= {"threshold": task.threshold, "first_step_at_threshold": reached}
         seen = [(point["global_step"], point["charts/episodic_return"]) for point in metrics]
         seen = [(step, ret) for step, ret in seen if ret]  # none before the first game has ended
@@ -92,12 +122,15 @@ def read_run(name: str) -> tuple[dict, list[dict]]:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as reason:
         raise UserError(f"{folder(name)} cannot be reported: {reason!r}") from reason
     where = {"group": task.group, "run": name, "seed": row["seed"]}
-    return row | machine(), [where | {"global_step": step, "episodic_return": ret} for step, ret in kept]
+    points = [where | {"global_step": step, "episodic_return": ret} for step, ret in kept]
+    return row | machine(), points
 
 
 def run_all(names: list[str], jobs: int) -> None:
-    """Complete these runs, `jobs` at a time, and put them into runs.csv and curves.csv, where other runs stay. One that
-    fails does not stop the others; then UserError."""
+    """Complete these runs, `jobs` at a time, and put them into runs.csv and curves.csv.
+
+    Other runs stay there. One that fails does not stop the others; then UserError.
+    """
     for name in names:
         if (ROOT / folder(name) / "config.json").exists():
             read_config(name)  # refuse what could not be reported now, not after hours
@@ -105,10 +138,11 @@ def run_all(names: list[str], jobs: int) -> None:
     merge_runs(RESULTS, list(map(read_run, names)), "run", list(TASKS))
 
 
-# ---------------------------------------------------------------------------------------------------------- REPORT
+# ---------------------------------------------------------------------------------------- REPORT
 def summarise(row: dict[str, str]) -> dict:
     """A run's row of summary.md, from its row of runs.csv."""
     reached = row["first_step_at_threshold"]
+    mean, std = float(row["eval_return_mean"]), float(row["eval_return_std"])
     return {
         "run": row["run"],
         "environment": row["env_id"],
@@ -118,26 +152,33 @@ def summarise(row: dict[str, str]) -> dict:
         "steps/s": f"{float(row['sps']):,.0f}",
         "last 100 games, mean": f"{float(row['last_100_return']):.1f}",
         "all games, mean": f"{float(row['mean_return']):.1f}",
-        "evaluation": f"{float(row['eval_return_mean']):.1f} +- {float(row['eval_return_std']):.1f}",
+        "evaluation": f"{mean:.1f} +- {std:.1f}",
         "steps to threshold": f"{int(reached):,} ({row['threshold']})" if reached else "",
     }
 
 
 NOTE = """
-Returns are whole games in the game's own points. "Last 100" are the last ones of training, "evaluation" is greedy, on
-seeds that training never used; a threshold is for the mean of 100 consecutive training games. Runs may have shared the
+Returns are whole games in the game's own points. "Last 100" are the last ones of training, \
+"evaluation" is greedy, on
+seeds that training never used; a threshold is for the mean of 100 consecutive training games. \
+Runs may have shared the
 machine, so hours and steps/s are no measurement of speed.
 """
 
 
 def report() -> None:
-    """Write summary.md and the pictures from the CSVs, always the same bytes. Raises OSError where there is none."""
+    """Write summary.md and the pictures from the CSVs, always the same bytes.
+
+    Raises OSError where there is none.
+    """
     rows, text = read_csv(RESULTS / "runs.csv"), "# Atari\n\n"
     for group, lines in plot.read_curves(RESULTS / "curves.csv", panel="group", line="run").items():
         mine = [row for row in rows if row["run"] in lines]
         text += "".join(f"    {row['command']}\n" for row in mine)
-        plot.draw(RESULTS / f"{group}.png", {mine[0]["env_id"]: lines}, TASKS[mine[0]["run"]].threshold)
-    text += f"\n{describe(rows)}; envpool {rows[0]['envpool']}\n\n{markdown(list(map(summarise, rows)))}{NOTE}"
+        threshold = TASKS[mine[0]["run"]].threshold
+        plot.draw(RESULTS / f"{group}.png", {mine[0]["env_id"]: lines}, threshold)
+    text += f"\n{describe(rows)}; envpool {rows[0]['envpool']}\n\n"
+    text += markdown(list(map(summarise, rows))) + NOTE
     missing = [name for name in TASKS if name not in {row["run"] for row in rows}]
     text += "\nNot run yet:\n\n" if missing else ""
     text += "".join(f"    python {' '.join(command(name))}\n" for name in missing)
@@ -147,8 +188,12 @@ def report() -> None:
 def main(argv: list[str]) -> None:
     parser = Parser("Rerun the documented results on Atari and report them.")
     parser.add_argument("--runs", nargs="+", choices=TASKS, default=list(TASKS), help="what to run")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the CSVs there are")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing, write the report of the CSVs there are"
+    )
     args = parser.parse_args(argv)
     if not args.report:
         run_all(args.runs, args.jobs)

@@ -1,14 +1,15 @@
-"""The documented results on classic control, again from nothing: every run a process of ppo_cartpole.py.
+"""The documented results on classic control, run again by ppo_cartpole.py, a process each.
 
     python benchmark/classic.py                   # all runs, one after another, then the report
     python benchmark/classic.py --jobs 2          # two at a time
     python benchmark/classic.py --report          # the report alone, from the CSVs
-    python benchmark/classic.py --walltime        # instead: how long the default command takes, five times
+    python benchmark/classic.py --walltime        # instead: the default command's time, five times
 
-Runs live in runs/classic/. One that was interrupted goes on at its last checkpoint, a finished one is left alone, so
-the same command may be given again and again. Results are benchmark/results/classic/: runs.csv and curves.csv, in which
-other tasks stay; from these the report makes summary.md and a picture per task. --walltime adds walltime.csv and
-transcript.md, and the next report its median.
+Runs live in runs/classic/. One that was interrupted goes on at its last checkpoint, a finished one
+is left alone, so the same command may be given again and again. Results are
+benchmark/results/classic/: runs.csv and curves.csv, in which other tasks stay; from these the
+report makes summary.md and a picture per task. --walltime adds walltime.csv and transcript.md, and
+the next report its median.
 """
 
 import json
@@ -31,6 +32,7 @@ from benchmark import (
     UserError,
     check_config,
     cli,
+    git_commit,
     machine,
     markdown,
     merge_runs,
@@ -39,7 +41,7 @@ from benchmark import (
     read_csv,
     write_csv,
 )
-from ppo_cartpole import Args, parse_args
+from ppo_cartpole import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs/classic")  # below ROOT, where the runs are started
@@ -52,19 +54,20 @@ class Task(NamedTuple):
     threshold: float  # what the mean return of 100 consecutive episodes must reach
 
 
-ACROBOT = "--env-id Acrobot-v1 --total-timesteps 500000 --num-envs 16 --num-steps 256 --num-minibatches 64"
-LUNAR = "--env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256"
+ACROBOT = "--env-id Acrobot-v1 --total-timesteps 500000 --num-envs 16 --num-steps 256"
+ACROBOT += " --num-minibatches 64 --learning-rate 0.001"
+LUNAR = "--env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024"
+LUNAR += " --num-minibatches 256 --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01"
+LUNAR += " --learning-rate 0.001"
 TASKS = {
     "cartpole": Task("", range(1, 11), 475),
-    "acrobot": Task(f"{ACROBOT} --learning-rate 0.001", range(1, 6), -100),
-    "lunarlander": Task(
-        f"{LUNAR} --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01 --learning-rate 0.001", range(1, 6), 200
-    ),
+    "acrobot": Task(ACROBOT, range(1, 6), -100),
+    "lunarlander": Task(LUNAR, range(1, 6), 200),
 }
 WALLTIME_SEEDS = range(1, 6)
 
 
-# ------------------------------------------------------------------------------------------------------------ RUNS
+# ------------------------------------------------------------------------------------------ RUNS
 def folder(task: str, seed: int | str) -> Path:
     """Of a run, below ROOT."""
     return RUNS / task / str(seed)
@@ -72,11 +75,15 @@ def folder(task: str, seed: int | str) -> Path:
 
 def command(task: str, seed: int | str) -> list[str]:
     """What follows `python` to start a run."""
-    return f"ppo_cartpole.py {TASKS[task].flags} --seed {seed} --run-dir {folder(task, seed)}".split()
+    words = f"ppo_cartpole.py {TASKS[task].flags} --seed {seed} --run-dir {folder(task, seed)}"
+    return words.split()
 
 
 def execute(arguments: list[str]) -> str:
-    """What `python` with these arguments prints at the root of the repository. Raises UserError where it fails."""
+    """What `python` with these arguments prints at the root of the repository.
+
+    Raises UserError where it fails.
+    """
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2]
@@ -85,14 +92,21 @@ def execute(arguments: list[str]) -> str:
 
 
 def read_config(arguments: list[str]) -> dict:
-    """The config.json of a run, in the folder that its arguments name last. Raises UserError as check_config."""
+    """The config.json of a run, in the folder that its arguments name last.
+
+    Raises UserError as check_config.
+    """
     derived = {"run_dir", "checkpoint_every"}  # what the script fills in by itself
-    flags = vars(parse_args(Args, arguments[1:]))
-    return check_config(ROOT / arguments[-1], {name: flags[name] for name in flags if name not in derived})
+    flags = vars(parse_args(arguments[1:]))
+    wanted = {name: value for name, value in flags.items() if name not in derived}
+    return check_config(ROOT / arguments[-1], wanted)
 
 
 def each(complete: Callable, runs: list, jobs: int) -> None:
-    """complete(run) for every run, `jobs` at a time. One that fails does not stop the others; then UserError."""
+    """complete(run) for every run, `jobs` at a time.
+
+    One that fails does not stop the others; then UserError.
+    """
     failures = []
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs", disable=None) as bar:
         try:
@@ -104,11 +118,15 @@ def each(complete: Callable, runs: list, jobs: int) -> None:
             pool.shutdown(cancel_futures=True)
             raise
     if failures:
-        raise UserError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(sorted(failures))}")
+        why = "; ".join(sorted(failures))
+        raise UserError(f"{len(failures)} of {len(runs)} runs failed: {why}")
 
 
 def complete(arguments: list[str]) -> None:
-    """Start a run, go on with it, or leave it alone, whatever its folder asks for. Raises UserError where it fails."""
+    """Start a run, go on with it, or leave it alone, whatever its folder asks for.
+
+    Raises UserError where it fails.
+    """
     path = ROOT / arguments[-1]
     if (path / "summary.json").exists():
         return
@@ -120,7 +138,10 @@ def complete(arguments: list[str]) -> None:
 
 
 def complete_commands(commands: list[list[str]], jobs: int) -> None:
-    """Complete the run of every command, `jobs` at a time. One that fails does not stop the others; then UserError."""
+    """Complete the run of every command, `jobs` at a time.
+
+    One that fails does not stop the others; then UserError.
+    """
     for arguments in commands:
         if (ROOT / arguments[-1] / "config.json").exists():
             read_config(arguments)  # refuse what could not be reported now, not after hours
@@ -128,8 +149,11 @@ def complete_commands(commands: list[list[str]], jobs: int) -> None:
 
 
 def measure_walltime() -> None:
-    """walltime.csv: seconds of the default command's whole process, imports and evaluation included, one at a time;
-    transcript.md: what each of them printed."""
+    """Write walltime.csv and transcript.md.
+
+    walltime.csv: seconds of the default command's whole process, imports and evaluation included,
+    one at a time. transcript.md: what each of them printed.
+    """
     rows, transcript = [], "# What the default command prints\n\n"
     for seed in tqdm(WALLTIME_SEEDS, unit=" runs", disable=None):
         path = ROOT / folder("walltime", seed)
@@ -137,7 +161,8 @@ def measure_walltime() -> None:
         arguments = f"ppo_cartpole.py --seed {seed} --run-dir {folder('walltime', seed)}".split()
         start = time.perf_counter()
         printed = execute(arguments)
-        row = {"seed": seed, "seconds": time.perf_counter() - start, "command": f"python {' '.join(arguments)}"}
+        seconds = time.perf_counter() - start
+        row = {"seed": seed, "seconds": seconds, "command": f"python {' '.join(arguments)}"}
         rows.append(row | provenance(json.loads((path / "config.json").read_text())) | machine())
         transcript += f"    $ {row['command']}\n    {printed}"
         shutil.rmtree(path)
@@ -146,14 +171,18 @@ def measure_walltime() -> None:
 
 
 def provenance(config: dict) -> dict:
-    """When, from which commit and with which versions: what a run's config.json says."""
+    """When and with which versions, as a run's config.json says, and the commit that is here."""
     versions = {name: config["versions"][name] for name in ("torch", "gymnasium", "python")}
-    return {"started": config["started"], "git_commit": config["git_commit"]} | versions
+    return {"started": config["started"], "git_commit": git_commit()} | versions
 
 
-def first_step_at_threshold(metrics: list[dict], episodes: list[dict], threshold: float) -> int | None:
-    """global_step of the first row of metrics.csv whose mean of the last 100 episodes is at least `threshold`, with 100
-    episodes behind it; None where there is no such row."""
+def first_step_at_threshold(
+    metrics: list[dict], episodes: list[dict], threshold: float
+) -> int | None:
+    """When the mean return of the last 100 episodes is at least `threshold` for the first time.
+
+    The global_step of that row of metrics.csv, which has 100 episodes behind it, or None.
+    """
     ends = sorted(int(row["global_step"]) for row in episodes)
     for row in metrics:
         step = int(row["global_step"])
@@ -163,38 +192,52 @@ def first_step_at_threshold(metrics: list[dict], episodes: list[dict], threshold
 
 
 def read_run(task: str, seed: int) -> tuple[dict, list[dict]]:
-    """A finished run's row of runs.csv and its rows of curves.csv. Raises UserError where a file does not fit."""
+    """A finished run's row of runs.csv and its rows of curves.csv.
+
+    Raises UserError where a file does not fit.
+    """
     config, path, row = read_config(command(task, seed)), ROOT / folder(task, seed), {"task": task}
     try:
         (summary,) = json.loads((path / "summary.json").read_text())
         metrics, episodes = (read_csv(path / name) for name in ("metrics.csv", "episodes.csv"))
-        row |= {"env_id": summary["env_id"], "seed": seed, "command": f"python {' '.join(command(task, seed))}"}
-        wanted = "total_timesteps wall_seconds sps last_100_return eval_return_mean eval_return_std eval_episodes"
+        row |= {
+            "env_id": summary["env_id"],
+            "seed": seed,
+            "command": f"python {' '.join(command(task, seed))}",
+        }
+        wanted = "total_timesteps wall_seconds sps last_100_return"
+        wanted += " eval_return_mean eval_return_std eval_episodes"
         row |= provenance(config) | {name: summary[name] for name in wanted.split()}
-        row["first_step_at_threshold"] = first_step_at_threshold(metrics, episodes, TASKS[task].threshold)
+        row["first_step_at_threshold"] = first_step_at_threshold(
+            metrics, episodes, TASKS[task].threshold
+        )
         seen = [(point["global_step"], point["charts/episodic_return"]) for point in metrics]
         seen = [(step, ret) for step, ret in seen if ret]  # none before the first episode has ended
         kept = [seen[i] for i in np.unique(np.linspace(0, len(seen) - 1, 100).round().astype(int))]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as reason:
         raise UserError(f"{folder(task, seed)} cannot be reported: {reason!r}") from reason
     where = {"task": task, "seed": seed}
-    return row | machine(), [where | {"global_step": step, "episodic_return": ret} for step, ret in kept]
+    points = [where | {"global_step": step, "episodic_return": ret} for step, ret in kept]
+    return row | machine(), points
 
 
 def run_all(tasks: list[str], jobs: int) -> None:
-    """Complete every run of these tasks and put them into runs.csv and curves.csv, where other tasks stay. Raises
-    UserError."""
+    """Complete every run of these tasks and put them into runs.csv and curves.csv.
+
+    Other tasks stay there. Raises UserError.
+    """
     runs = [(task, seed) for task in tasks for seed in TASKS[task].seeds]
     complete_commands([command(*run) for run in runs], jobs)
     merge_runs(RESULTS, [read_run(*run) for run in runs], "task", list(TASKS))
 
 
-# ---------------------------------------------------------------------------------------------------------- REPORT
+# ---------------------------------------------------------------------------------------- REPORT
 def summarise(task: str, runs: list[dict[str, str]]) -> dict:
     """A task's row of summary.md, from its rows of runs.csv."""
     threshold, names = TASKS[task].threshold, ("last_100_return", "eval_return_mean")
     last, evaluated = (np.array([float(run[name]) for run in runs]) for name in names)
-    steps = [float(run["first_step_at_threshold"] or "inf") for run in runs]  # a seed that never got there is slowest
+    # a seed that never got there is slowest
+    steps = [float(run["first_step_at_threshold"] or "inf") for run in runs]
     median = np.median(steps)
     return {
         "task": task,
@@ -215,20 +258,27 @@ def describe(rows: list[dict]) -> str:
     days = sorted(row["started"][:10] for row in rows)
     said = " to ".join(dict.fromkeys((days[0], days[-1])))
     for name in ("python", "torch", "gymnasium", "git_commit", "cpu", "cores"):
-        said += f"; {name.replace('_', ' ')} {' and '.join(sorted({str(row[name]) for row in rows}))}"
+        values = sorted({str(row[name]) for row in rows})
+        said += f"; {name.replace('_', ' ')} {' and '.join(values)}"
     return said
 
 
 NOTE = """
-A task's threshold is for the mean return of 100 consecutive training episodes. "Last 100" are the last ones of
-training, "evaluation" is greedy, on seeds that training never used. Runs may have shared the machine, so their
+A task's threshold is for the mean return of 100 consecutive training episodes. \
+"Last 100" are the last ones of
+training, "evaluation" is greedy, on seeds that training never used. Runs may have shared the \
+machine, so their
 wall_seconds in runs.csv are no measurement of speed.
 """
 
 
 def report() -> None:
-    """Write summary.md and the pictures from the CSVs, always the same bytes. Raises OSError where there is none."""
-    rows, panels = read_csv(RESULTS / "runs.csv"), plot.read_curves(RESULTS / "curves.csv", panel="task", line="task")
+    """Write summary.md and the pictures from the CSVs, always the same bytes.
+
+    Raises OSError where there is none.
+    """
+    rows = read_csv(RESULTS / "runs.csv")
+    panels = plot.read_curves(RESULTS / "curves.csv", panel="task", line="task")
     text, table = "# Classic control\n\n", []
     for task, lines in panels.items():
         mine = [row for row in rows if row["task"] == task]
@@ -240,17 +290,29 @@ def report() -> None:
     if (RESULTS / "walltime.csv").exists():
         whole = read_csv(RESULTS / "walltime.csv")
         median = np.median([float(row["seconds"]) for row in whole])
-        text += f"\n`python ppo_cartpole.py`, the whole process with imports and evaluation: {median:.1f} s, median of "
-        text += f"{len(whole)} runs one after another ({describe(whole)}).\n"
+        text += "\n`python ppo_cartpole.py`, the whole process with imports and evaluation: "
+        text += (
+            f"{median:.1f} s, median of {len(whole)} runs one after another ({describe(whole)}).\n"
+        )
     (RESULTS / "summary.md").write_text(text)
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("Rerun the documented results on classic control and report them.")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to run")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the CSVs there are")
-    parser.add_argument("--walltime", action="store_true", help="time the default command instead, five runs in a row")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to run"
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing, write the report of the CSVs there are"
+    )
+    parser.add_argument(
+        "--walltime",
+        action="store_true",
+        help="time the default command instead, five runs in a row",
+    )
     args = parser.parse_args(argv)
     if args.walltime:
         measure_walltime()

@@ -34,6 +34,7 @@ from benchmark import (
     check_config,
     classic,
     cli,
+    git_commit,
     machine,
     markdown,
     merge_runs,
@@ -61,7 +62,15 @@ def ramble_task(letters: str = "ABCD", longest: int = 20) -> Task:
     is held out."""
     prompts = [[letter, digit] for digit in "0123456789" for letter in letters]
     vocab = [END, ".", *letters, *"0123456789"]
-    return Task("ramble", vocab, prompts[: -len(letters)], prompts[-len(letters) :], longest, verify_first, 25_600)
+    return Task(
+        "ramble",
+        vocab,
+        prompts[: -len(letters)],
+        prompts[-len(letters) :],
+        longest,
+        verify_first,
+        25_600,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- ABLATIONS
@@ -109,7 +118,10 @@ ABLATIONS = {
     "group-size": Ablation(
         "The size G of a group, 512 answers in a batch",
         SORT,
-        {f"G={size}": f"--group-size {size} --num-prompts {512 // size}" for size in (2, 4, 8, 16, 32)},
+        {
+            f"G={size}": f"--group-size {size} --num-prompts {512 // size}"
+            for size in (2, 4, 8, 16, 32)
+        },
         "G=8",
         ("frac_right", "frac_reward_zero_std", "entropy"),
     ),
@@ -133,7 +145,13 @@ ABLATIONS = {
         {name: f"--loss-agg {name}" for name in ("grpo", "dr_grpo", "dapo")},
         "grpo",
         ("frac_right", *LENGTHS),
-        {"words by which wrong answers are longer than right ones": ((LENGTHS[0], 1.0), (LENGTHS[1], -1.0))} | RIGHT,
+        {
+            "words by which wrong answers are longer than right ones": (
+                (LENGTHS[0], 1.0),
+                (LENGTHS[1], -1.0),
+            )
+        }
+        | RIGHT,
     ),
 }
 
@@ -157,12 +175,17 @@ class Key(NamedTuple):
 
 
 def grid(ablations: list[str]) -> list[Key]:
-    return [Key(name, value, seed) for name in ablations for value in ABLATIONS[name].values for seed in SEEDS]
+    return [
+        Key(name, value, seed)
+        for name in ablations
+        for value in ABLATIONS[name].values
+        for seed in SEEDS
+    ]
 
 
 def work(key: Key) -> None:
     """--worker: the run itself; what it prints is not needed."""
-    args = parse_args(Args, [*key.flags().split(), "--run-dir", str(ROOT / key.folder())])
+    args = parse_args([*key.flags().split(), "--run-dir", str(ROOT / key.folder())])
     task = ramble_task() if args.task == "ramble" else None
     if (ROOT / key.folder() / "config.json").exists():
         args = Args(resume=args.run_dir)
@@ -174,8 +197,10 @@ def work(key: Key) -> None:
 
 def read_config(key: Key) -> dict:
     """The config.json of a run. Raises UserError where there is none, or where it is not that of the run's flags."""
-    flags = vars(parse_args(Args, key.flags().split()))
-    wanted = {name: value for name, value in flags.items() if value is not None}  # None: filled in by the script
+    flags = vars(parse_args(key.flags().split()))
+    wanted = {
+        name: value for name, value in flags.items() if value is not None
+    }  # None: filled in by the script
     return check_config(ROOT / key.folder(), wanted)
 
 
@@ -204,7 +229,7 @@ def read_run(key: Key) -> tuple[dict, list[dict]]:
         wanted += "pass@1_before pass@k_before pass@1_after pass@k_after"
         row = who | {"flags": key.flags()} | {name: summary[name] for name in wanted.split()}
         versions = {name: config["versions"][name] for name in ("torch", "python")}
-        row |= {"started": config["started"], "git_commit": config["git_commit"]} | versions | machine()
+        row |= {"started": config["started"], "git_commit": git_commit()} | versions | machine()
         points, metrics = [], read_csv(path / "metrics.csv")
         for stretch in np.array_split(np.arange(len(metrics)), min(POINTS, len(metrics))):
             means = {name: mean([metrics[i][name] for i in stretch]) for name in METRICS}
@@ -239,30 +264,52 @@ def outcome(ablation: Ablation, points: list[dict], weights: Weights) -> dict[st
     for label in ablation.values:
         for seed in sorted({point["seed"] for point in points}, key=int):
             mine = [point for point in points if (point["value"], point["seed"]) == (label, seed)]
-            answers = np.diff([0.0, *(float(point["global_step"]) for point in mine)])  # in each stretch
-            parts = [[weight * float(point[column] or "nan") for column, weight in weights] for point in mine]
-            total = np.sum(parts, axis=1)  # NaN where a column is empty: lengths are compared within a stretch
+            answers = np.diff(
+                [0.0, *(float(point["global_step"]) for point in mine)]
+            )  # in each stretch
+            parts = [
+                [weight * float(point[column] or "nan") for column, weight in weights]
+                for point in mine
+            ]
+            total = np.sum(
+                parts, axis=1
+            )  # NaN where a column is empty: lengths are compared within a stretch
             seen = ~np.isnan(total)
-            found.setdefault(label, []).append(np.average(total[seen], weights=answers[seen]).item())
+            found.setdefault(label, []).append(
+                np.average(total[seen], weights=answers[seen]).item()
+            )
     return {label: np.array(values) for label, values in found.items()}
 
 
 def table(ablation: Ablation, runs: list[dict], points: list[dict]) -> list[dict]:
     """An ablation's rows of summary.md, from its rows of runs.csv and curves.csv."""
-    found, lines = {name: outcome(ablation, points, weights) for name, weights in ablation.outcomes.items()}, []
+    found, lines = (
+        {name: outcome(ablation, points, weights) for name, weights in ablation.outcomes.items()},
+        [],
+    )
     for label in ablation.values:
         mine = [run for run in runs if run["value"] == label]
         numbers = {
-            name: np.array([float(run[name]) for run in mine]) for name in mine[0] if re.match("pass|wall|warm", name)
+            name: np.array([float(run[name]) for run in mine])
+            for name in mine[0]
+            if re.match("pass|wall|warm", name)
         }
-        line = {"": label, "flags": f"`{ablation.values[label]}`", "answers": f"{int(mine[0]['total_timesteps']):,}"}
+        line = {
+            "": label,
+            "flags": f"`{ablation.values[label]}`",
+            "answers": f"{int(mine[0]['total_timesteps']):,}",
+        }
         for name, of_label in found.items():
             line[name] = said(of_label[label], ".3f")
             if ablation.default:
-                difference = of_label[label] - of_label[ablation.default]  # of one seed: the same first weights
+                difference = (
+                    of_label[label] - of_label[ablation.default]
+                )  # of one seed: the same first weights
                 _, (low,), (high,) = plot.interval(difference[:, None])
                 shown = f"{said(difference, '+.3f')}{', no difference seen' if low <= 0 <= high else ''}"
-                line[f"{name}: difference from {ablation.default}"] = "" if label == ablation.default else shown
+                line[f"{name}: difference from {ablation.default}"] = (
+                    "" if label == ablation.default else shown
+                )
         line["pass@1 before"] = f"{numbers['pass@1_before'].mean():.3f}"
         line["pass@1 after"] = said(numbers["pass@1_after"], ".3f")
         line["worst seed"] = f"{numbers['pass@1_after'].min():.3f}"
@@ -285,7 +332,9 @@ def draw(path: Path, ablation: Ablation, points: list[dict]) -> None:
         ax.set_title(METRICS[column], fontsize="medium")
         ax.set(xlabel="sampled answers", ylabel="")
     count = len(ablation.values)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=count, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=count, frameon=False
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -322,11 +371,21 @@ def report() -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("Ablations of GRPO: baseline, group size, gradient steps per batch, KL penalty, aggregation.")
-    parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), help="which of them")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time, each on one thread")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the CSVs there are")
-    parser.add_argument("--worker", nargs=3, metavar=("ABLATION", "VALUE", "SEED"), help="one run, here and now")
+    parser = Parser(
+        "Ablations of GRPO: baseline, group size, gradient steps per batch, KL penalty, aggregation."
+    )
+    parser.add_argument(
+        "--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), help="which of them"
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=1, help="runs at a time, each on one thread"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing, write the report of the CSVs there are"
+    )
+    parser.add_argument(
+        "--worker", nargs=3, metavar=("ABLATION", "VALUE", "SEED"), help="one run, here and now"
+    )
     args = parser.parse_args(argv)
     if args.worker:
         work(Key(args.worker[0], args.worker[1], int(args.worker[2])))

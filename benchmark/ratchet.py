@@ -1,15 +1,17 @@
-"""The ratchet plot: return, KL and clip fraction of training with the clip and without it, side by side.
+"""The ratchet plot: return, KL and clip fraction of training with the clip and without it.
 
     python benchmark/ratchet.py                   # all runs, one after another, then the report
     python benchmark/ratchet.py --jobs 2          # two at a time
     python benchmark/ratchet.py --report          # the report alone, from the CSVs
 
-LunarLander: the clip of eq. 7 at 0.2, at 1.0, and none at all. CartPole: from the policy gradient to PPO. The first
-takes one gradient step per batch; "almost PPO" takes K epochs of minibatches, which needs the ratio of eq. 6; PPO adds
-the clip. Every run is a process of ppo_cartpole.py; all other flags are those that benchmark/classic.py documents.
+LunarLander: the clip of eq. 7 at 0.2, at 1.0, and none at all. CartPole: from the policy gradient
+to PPO. The first takes one gradient step per batch; "almost PPO" takes K epochs of minibatches,
+which needs the ratio of eq. 6; PPO adds the clip. Every run is a process of ppo_cartpole.py; all
+other flags are those that benchmark/classic.py documents.
 
 Runs live in runs/ratchet/ and may be interrupted, as those of benchmark/classic.py. The report is
-benchmark/results/ratchet/: runs.csv, curves.csv (every update of every run), summary.md and a picture per experiment.
+benchmark/results/ratchet/: runs.csv, curves.csv (every update of every run), summary.md and a
+picture per experiment.
 """
 
 import json
@@ -21,7 +23,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import Parser, UserError, classic, cli, machine, markdown, merge_runs, plot, positive, read_csv
+from benchmark import (
+    Parser,
+    UserError,
+    classic,
+    cli,
+    machine,
+    markdown,
+    merge_runs,
+    plot,
+    positive,
+    read_csv,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs/ratchet")  # below ROOT
@@ -41,7 +54,9 @@ EXPERIMENTS = {
         range(1, 11),
     ),
     "lunarlander": Experiment(
-        classic.TASKS["lunarlander"].flags, {"none": "", "clip:1.0": "", "clip:0.2": ""}, range(1, 6)
+        classic.TASKS["lunarlander"].flags,
+        {"none": "", "clip:1.0": "", "clip:0.2": ""},
+        range(1, 6),
     ),
 }
 NAMES = {  # what tables and legends say; the order gives the colours
@@ -57,26 +72,35 @@ COLUMNS = {  # of metrics.csv -> of curves.csv, and what the picture says
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ RUNS
+# ------------------------------------------------------------------------------------------ RUNS
 def command(name: str, objective: str, seed: int) -> list[str]:
     """What follows `python` to start a run."""
     flags, extra = EXPERIMENTS[name].flags, EXPERIMENTS[name].objectives[objective]
     folder = RUNS / name / objective.replace(":", "-") / str(seed)
-    return f"ppo_cartpole.py {flags} --objective {objective} {extra} --seed {seed} --run-dir {folder}".split()
+    words = f"ppo_cartpole.py {flags} --objective {objective} {extra}"
+    return f"{words} --seed {seed} --run-dir {folder}".split()
 
 
 def read_run(name: str, objective: str, seed: int) -> tuple[dict, list[dict]]:
-    """A finished run's row of runs.csv and its rows of curves.csv. Raises UserError where a file does not fit."""
-    who, words = {"experiment": name, "objective": objective, "seed": seed}, command(name, objective, seed)
+    """A finished run's row of runs.csv and its rows of curves.csv.
+
+    Raises UserError where a file does not fit.
+    """
+    who = {"experiment": name, "objective": objective, "seed": seed}
+    words = command(name, objective, seed)
     config, path = classic.read_config(words), ROOT / words[-1]
     try:
         (summary,) = json.loads((path / "summary.json").read_text())
-        wanted = "env_id total_timesteps wall_seconds sps last_100_return eval_return_mean eval_return_std"
-        row = who | {"command": f"python {' '.join(words)}"} | {column: summary[column] for column in wanted.split()}
+        wanted = "env_id total_timesteps wall_seconds sps last_100_return"
+        wanted += " eval_return_mean eval_return_std"
+        row = who | {"command": f"python {' '.join(words)}"}
+        row |= {column: summary[column] for column in wanted.split()}
         points = []
         for metrics in read_csv(path / "metrics.csv"):
-            point = {short: f"{float(metrics[column]):.6g}" for column, (short, _) in COLUMNS.items()}
-            points.append(who | {"global_step": metrics["global_step"]} | point)
+            point = who | {"global_step": metrics["global_step"]}
+            for column, (short, _) in COLUMNS.items():
+                point[short] = f"{float(metrics[column]):.6g}"
+            points.append(point)
     except (OSError, ValueError, KeyError, TypeError) as reason:
         raise UserError(f"{words[-1]} cannot be reported: {reason!r}") from reason
     return row | classic.provenance(config) | machine(), points
@@ -84,16 +108,20 @@ def read_run(name: str, objective: str, seed: int) -> tuple[dict, list[dict]]:
 
 def run_all(jobs: int) -> None:
     """Complete all runs and write runs.csv and curves.csv. Raises UserError."""
-    runs = [(name, o, seed) for name, e in EXPERIMENTS.items() for o in e.objectives for seed in e.seeds]
+    runs = [
+        (name, o, seed) for name, e in EXPERIMENTS.items() for o in e.objectives for seed in e.seeds
+    ]
     classic.complete_commands([command(*run) for run in runs], jobs)
     merge_runs(RESULTS, [read_run(*run) for run in runs], "experiment", list(EXPERIMENTS))
 
 
-# ---------------------------------------------------------------------------------------------------------- REPORT
+# ---------------------------------------------------------------------------------------- REPORT
 def summarise(objective: str, runs: list[dict], points: list[dict]) -> dict:
     """An objective's row of summary.md, from its rows of runs.csv and curves.csv."""
-    last, evaluated = (np.array([float(run[name]) for run in runs]) for name in ("last_100_return", "eval_return_mean"))
-    kl, clipped = (np.array([float(point[name]) for point in points]) for name in ("kl_after_update", "clipfrac"))
+    last = np.array([float(run["last_100_return"]) for run in runs])
+    evaluated = np.array([float(run["eval_return_mean"]) for run in runs])
+    kl = np.array([float(point["kl_after_update"]) for point in points])
+    clipped = np.array([float(point["clipfrac"]) for point in points])
     ((mean,), (low,), (high,)) = plot.interval(last[:, None])
     return {
         "objective": NAMES[objective],
@@ -112,35 +140,49 @@ def draw(path: Path, points: list[dict]) -> None:
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     axes = figure.subplots(1, len(COLUMNS))
     for ax, (column, label) in zip(axes, COLUMNS.values(), strict=True):
-        curve = ((NAMES[p["objective"]], p["seed"], float(p["global_step"]), float(p[column])) for p in points)
+        curve = (
+            (NAMES[p["objective"]], p["seed"], float(p["global_step"]), float(p[column]))
+            for p in points
+        )
         plot.curves(ax, plot.gather(("", *point) for point in curve)[""], list(NAMES.values()))
         ax.set_title(label, fontsize="medium")
         ax.set_ylabel("")
     axes[1].set_yscale("log")
     floor = 1e-7  # what is smaller is rounding: log-probabilities are float32
     axes[1].set_ylim(bottom=max(floor, axes[1].get_ylim()[0]))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
     figure.savefig(path, dpi=150)
 
 
 NOTE = """
-"Last 100" are the last episodes of training, "evaluation" is greedy, on seeds that training never used. The KL is the
-exact KL[old, new] over the whole batch, after the last gradient step of an update. The clip fraction is the share of
-transitions, mean over the minibatches of an update, whose ratio is further than epsilon from 1: each objective's own
-epsilon, so `clip:1.0` counts others than `clip:0.2`; without a clip it is 0 by definition. Pictures: means over seeds
+"Last 100" are the last episodes of training, "evaluation" is greedy, on seeds that training \
+never used. The KL is the
+exact KL[old, new] over the whole batch, after the last gradient step of an update. The clip \
+fraction is the share of
+transitions, mean over the minibatches of an update, whose ratio is further than epsilon from 1: \
+each objective's own
+epsilon, so `clip:1.0` counts others than `clip:0.2`; without a clip it is 0 by definition. \
+Pictures: means over seeds
 with bootstrap 95% intervals.
 """
 
 
 def report() -> None:
-    """Write summary.md and the pictures from the CSVs, always the same bytes. Raises OSError where there is none."""
+    """Write summary.md and the pictures from the CSVs, always the same bytes.
+
+    Raises OSError where there is none.
+    """
     runs, points = (read_csv(RESULTS / name) for name in ("runs.csv", "curves.csv"))
     text = "# The ratchet: with the clip and without it\n\n"
     for name in dict.fromkeys(run["experiment"] for run in runs):
-        mine, curves = ([row for row in rows if row["experiment"] == name] for rows in (runs, points))
+        mine = [run for run in runs if run["experiment"] == name]
+        curves = [point for point in points if point["experiment"] == name]
         table, text = [], text + f"## {mine[0]['env_id']}\n\n"
         for objective in dict.fromkeys(run["objective"] for run in mine):
-            its_runs, its_points = ([row for row in rows if row["objective"] == objective] for rows in (mine, curves))
+            its_runs = [run for run in mine if run["objective"] == objective]
+            its_points = [point for point in curves if point["objective"] == objective]
             table.append(summarise(objective, its_runs, its_points))
             words = its_runs[0]["command"].partition(" --seed ")[0]
             text += f"    {words} --seed S  # S = {its_runs[0]['seed']} to {its_runs[-1]['seed']}\n"
@@ -151,8 +193,12 @@ def report() -> None:
 
 def main(argv: list[str]) -> None:
     parser = Parser("The ratchet plot: training with the clip and without it.")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the report of the CSVs there are")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing, write the report of the CSVs there are"
+    )
     args = parser.parse_args(argv)
     if not args.report:
         run_all(args.jobs)

@@ -1,7 +1,8 @@
 """Bring README.md up to date with the code and the results: `python benchmark/readme.py`.
 
-What stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is written here and nowhere else: the table of
-implementation details from the markers in the scripts, everything else from benchmark/results/. No number is typed.
+What stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is written here and nowhere else:
+the table of implementation details from the markers in the scripts, everything else from
+benchmark/results/. No number is typed.
 """
 
 import re
@@ -13,20 +14,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import markdown, read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmark/results"
 SCRIPTS = ("ppo_cartpole.py", "ppo_continuous.py")
 DETAILS = {  # the thirteen core details of Huang et al. (2022), and where each comes from
     1: ("Vectorised environments: N actors, T steps each", "Algorithm 1"),
-    2: ("Orthogonal initialisation, zero biases; gains sqrt 2, 0.01 for the policy, 1 for the value", "baselines ppo2"),
+    2: (
+        "Orthogonal initialisation, zero biases; "
+        "gains sqrt 2, 0.01 for the policy, 1 for the value",
+        "baselines ppo2",
+    ),
     3: ("Adam with epsilon 1e-5", "baselines ppo1, ppo2"),
     4: ("Step size annealed linearly to 0", "baselines ppo2; the paper's Table 5"),
-    5: ("Generalized advantage estimation; value targets are advantage + value", "eqs. 11-12; Schulman et al. 2016"),
+    5: (
+        "Generalized advantage estimation; value targets are advantage + value",
+        "eqs. 11-12; Schulman et al. 2016",
+    ),
     6: ("Minibatches of shuffled transitions, every one once per epoch", "Algorithm 1"),
     7: ("Advantages standardised, by default within each minibatch", "baselines ppo2"),
     8: ("Clipped surrogate objective", "eq. 7"),
     9: ("Clipped value loss (off by default)", "baselines ppo1, ppo2"),
     10: ("One loss: policy, value, entropy", "eq. 9"),
     11: ("Gradient clipped by its global norm", "baselines ppo2"),
-    12: ("What to watch: KL, clip fraction, losses; means over the whole update", "Schulman, KL approximation"),
+    12: (
+        "What to watch: KL, clip fraction, losses; means over the whole update",
+        "Schulman, KL approximation",
+    ),
     13: ("Separate networks for policy and value", "section 6.1"),
 }
 
@@ -38,26 +50,36 @@ def details() -> str:
         places = []
         for script in SCRIPTS:
             lines = enumerate((ROOT / script).read_text().splitlines(), 1)
-            places.append(", ".join(f"[{i}]({script}#L{i})" for i, line in lines if f"[detail {n}]" in line))
+            found = [i for i, line in lines if f"[detail {n}]" in line]
+            places.append(", ".join(f"[{i}]({script}#L{i})" for i in found))
         rows.append(f"| {n} | {what} | {' | '.join(places)} | {source} |")
     return "\n".join(rows)
 
 
 def result(path: str) -> Callable[[], str]:
     """What reads a committed result, without its title."""
-    return lambda: re.sub(r"\A# .*\n+", "", (ROOT / "benchmark/results" / path).read_text()).strip("\n")
+
+    def read() -> str:
+        return re.sub(r"\A# .*\n+", "", (RESULTS / path).read_text()).strip("\n")
+
+    return read
 
 
 def section(path: str, title: str) -> Callable[[], str]:
     """What reads one section of a committed result, without its title and its picture."""
-    text = rf"^##? {title}\n(.*?)^!\["
-    return lambda: re.search(text, (ROOT / "benchmark/results" / path).read_text(), re.S | re.M)[1].strip("\n")
+
+    def read() -> str:
+        text = (RESULTS / path).read_text()
+        return re.search(rf"^##? {title}\n(.*?)^!\[", text, re.S | re.M)[1].strip("\n")
+
+    return read
 
 
 def speed_short() -> str:
-    """Of the table in speed/mujoco.md, the rows of those that learn and the columns that can be understood at once."""
-    lines = (ROOT / "benchmark/results/speed/mujoco.md").read_text().splitlines()
-    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    """Of the table in speed/mujoco.md, the rows of those that learn and the plainest columns."""
+    lines = (RESULTS / "speed/mujoco.md").read_text().splitlines()
+    lines = [line for line in lines if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     rows = [dict(zip(head, row, strict=True)) for row in rows]
     wanted = ("contestant", "steps/s", "per core", "memory, GB")
     return markdown([{k: row[k] for k in wanted} for row in rows if row["first update, s"]]).strip()
@@ -65,7 +87,8 @@ def speed_short() -> str:
 
 def atari_of_others() -> str:
     """paper/atari.csv, without where the numbers are from."""
-    return markdown([{k: row[k] for k in row if k != "where"} for row in read_csv(ROOT / "benchmark/paper/atari.csv")])
+    rows = read_csv(ROOT / "benchmark/paper/atari.csv")
+    return markdown([{name: row[name] for name in row if name != "where"} for row in rows])
 
 
 RERUN = {  # folder of results -> what it holds, the command for all of it
@@ -82,8 +105,14 @@ RERUN = {  # folder of results -> what it holds, the command for all of it
         "[the double pendulum's fall](#why-the-double-pendulum-falls)",
         "collapse.py --task InvertedDoublePendulum-v4 --results mine/collapse",
     ),
-    "ratchet": ("[with the clip and without it](#with-the-clip-and-without-it-ppo_cartpolepy)", "ratchet.py"),
-    "classic": ("[CartPole, Acrobot, LunarLander](#cartpole-acrobot-lunarlander-ppo_cartpolepy)", "classic.py"),
+    "ratchet": (
+        "[with the clip and without it](#with-the-clip-and-without-it-ppo_cartpolepy)",
+        "ratchet.py",
+    ),
+    "classic": (
+        "[CartPole, Acrobot, LunarLander](#cartpole-acrobot-lunarlander-ppo_cartpolepy)",
+        "classic.py",
+    ),
     "atari": ("[Pong](#atari-ppo_ataripy)", "atari.py"),
     "grpo": ("[GRPO](#grpo-grpo_toypy)", "grpo.py"),
 }
@@ -93,10 +122,15 @@ def rerun() -> str:
     """What makes each committed result again, and for how many hours its runs ran."""
     rows = []
     for folder, (what, command) in RERUN.items():
-        summary, runs = (ROOT / "benchmark/results" / folder / name for name in ("summary.md", "runs.csv"))
-        told = re.search(r"trained for ([\d.]+) hours in all", summary.read_text())  # of runs that share a process
-        hours = float(told[1]) if told else sum(float(run["wall_seconds"]) for run in read_csv(runs)) / 3600
-        rows.append({"what": what, "command": f"`python benchmark/{command}`", "hours": f"{hours:.1f}"})
+        summary = (RESULTS / folder / "summary.md").read_text()
+        told = re.search(r"trained for ([\d.]+) hours in all", summary)
+        if told:  # of runs that share a process
+            hours = float(told[1])
+        else:
+            runs = read_csv(RESULTS / folder / "runs.csv")
+            hours = sum(float(run["wall_seconds"]) for run in runs) / 3600
+        command = f"`python benchmark/{command}`"
+        rows.append({"what": what, "command": command, "hours": f"{hours:.1f}"})
     return markdown(rows).strip()
 
 
@@ -108,9 +142,12 @@ BLOCKS = {
     "table1": result("table1/scores.md"),
     "table1-learning": result("table1/learning.md"),
     "collapse-pendulum": section(
-        "collapse/InvertedDoublePendulum-v4/summary.md", "InvertedDoublePendulum-v4, one detail at a time"
+        "collapse/InvertedDoublePendulum-v4/summary.md",
+        "InvertedDoublePendulum-v4, one detail at a time",
     ),
-    "collapse-cheetah": section("collapse/HalfCheetah-v4/summary.md", "HalfCheetah-v4, one detail at a time"),
+    "collapse-cheetah": section(
+        "collapse/HalfCheetah-v4/summary.md", "HalfCheetah-v4, one detail at a time"
+    ),
     "table1-modern": result("table1-modern/scores.md"),
     "classic": result("classic/summary.md"),
     "ratchet-cartpole": section("ratchet/summary.md", "CartPole-v1"),
@@ -129,8 +166,9 @@ BLOCKS = {
 def renew(text: str) -> str:
     """README.md with every block written anew."""
     for name, write in BLOCKS.items():
-        block = f"<!-- begin {name} -->\n{write()}\n<!-- end {name} -->"
-        text, found = re.subn(rf"<!-- begin {name} -->.*?<!-- end {name} -->", lambda _, b=block: b, text, flags=re.S)
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        block = f"{begin}\n{write()}\n{end}"
+        text, found = re.subn(f"{begin}.*?{end}", lambda _, b=block: b, text, flags=re.S)
         if found != 1:
             sys.exit(f"error: README.md must hold the block {name} once, not {found} times")
     return text

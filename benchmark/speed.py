@@ -1,17 +1,19 @@
-"""Steps per second, side by side with other implementations of the same algorithm at the same setting.
+"""Steps per second, side by side with other implementations of the same algorithm and setting.
 
     python benchmark/speed.py                        # every suite; on an idle machine only
     python benchmark/speed.py mujoco --rounds 3
     python benchmark/speed.py mujoco --contestants one sb3
 
-Every measurement is a process of its own, and the contestants of a suite take turns, round after round, so that a slow
-minute of the machine strikes all of them alike. SBX takes part where requirements-peers.txt is installed. Compared are
-ratios within a round. Writes benchmark/results/speed/: SUITE.csv, a row per measurement, and SUITE.md, the table that
-is also printed. To measure more, add a Contestant.
+Every measurement is a process of its own, and the contestants of a suite take turns, round after
+round, so that a slow minute of the machine strikes all of them alike. SBX takes part where
+requirements-peers.txt is installed. Compared are ratios within a round. Writes
+benchmark/results/speed/: SUITE.csv, a row per measurement, and SUITE.md, the table that is also
+printed. To measure more, add a Contestant.
 """
 
 import contextlib
 import datetime
+import gc
 import json
 import os
 import resource
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -37,46 +39,100 @@ import grpo_toy
 import ppo_atari
 import ppo_cartpole
 import ppo_continuous
-from benchmark import Parser, UserError, cli, git_commit, machine, markdown, positive, write_csv
+from benchmark import (
+    Parser,
+    UserError,
+    cli,
+    git_commit,
+    lockstep,
+    machine,
+    markdown,
+    positive,
+    read_csv,
+    write_csv,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results/speed"
 CORES = os.cpu_count() or 1
-GRID = {"seeds": (1, 2, 3)}  # 33 agents: what one task takes of the 231 runs behind the paper's Table 1
-GRID["objectives"] = ("none", "clip:0.1", "clip:0.2", "clip:0.3", "adaptive:0.003", "adaptive:0.01", "adaptive:0.03")
-GRID["objectives"] += ("kl:0.3", "kl:1", "kl:3", "kl:10")
+SEEDS = [1, 2, 3]  # 33 agents: what one task takes of the 231 runs behind the paper's Table 1
+OBJECTIVES = ["none", "clip:0.1", "clip:0.2", "clip:0.3"]
+OBJECTIVES += ["adaptive:0.003", "adaptive:0.01", "adaptive:0.03"]
+OBJECTIVES += ["kl:0.3", "kl:1", "kl:3", "kl:10"]
 
 
-# ------------------------------------------------------------------------------------------------------ MEASUREMENTS
+# ---------------------------------------------------------------------------------- MEASUREMENTS
 def ours(script, total_timesteps: int, threads: int, /, **flags) -> dict:
-    """A run of one of the scripts, which set their threads themselves: timed from the end of the first update."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cache"  # empty: what a first run pays for compiling
-        run_dir = Path(folder, "run")
-        flags |= {name: 1 for name in ("eval_episodes", "eval_prompts") if hasattr(script.Args, name)}
+    """A run of one of the scripts, timed from the end of the first update."""
+    for name in ("eval_episodes", "eval_prompts"):
+        if hasattr(script.Args, name):
+            flags[name] = 1
+    with prepared(threads) as run_dir:
         args = script.Args(total_timesteps=total_timesteps, run_dir=str(run_dir), **flags)
-        _, (summary, *_) = script.train(args)
-        first = script.load_checkpoint(run_dir / "checkpoint.pt")["seconds"]["first"]
-        return {"steps_per_second": summary["sps"], "first_update_seconds": first}
+        _, summary = script.train(args)
+        first = first_update_seconds(run_dir, args)
+    return {"steps_per_second": summary["sps"], "first_update_seconds": first}
+
+
+def side_by_side(total_timesteps: int, threads: int, /, **flags) -> dict:
+    """The same for 33 agents in benchmark/lockstep.py, the steps of all of them together."""
+    with prepared(threads) as run_dir:
+        flags |= {"run_dir": str(run_dir), "eval_episodes": 1}
+        args = ppo_continuous.Args(total_timesteps=total_timesteps, **flags)
+        summaries = lockstep.train(args, SEEDS, OBJECTIVES)
+        agent, *_ = run_dir.glob("*/metrics.csv")
+        first = first_update_seconds(agent.parent, args)
+    speed = sum(summary["sps"] for summary in summaries)
+    return {"steps_per_second": speed, "first_update_seconds": first}
+
+
+@contextlib.contextmanager
+def prepared(threads: int) -> Iterator[Path]:
+    """A folder for a run, in a process that is made ready for it as main() of the scripts does."""
+    torch.set_num_threads(threads)
+    gc.freeze()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        # an empty cache: what a first run pays for compiling
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cache"
+        yield Path(folder, "run")
+
+
+def first_update_seconds(folder: Path, args) -> float:
+    """Up to the end of the first update: the first row of metrics.csv counts from the start."""
+    first, *_ = read_csv(folder / "metrics.csv")
+    return args.batch_size / float(first["charts/SPS"])
 
 
 def learned(model, args) -> dict:
-    """Stable-Baselines3's or SBX's model: timed over as many steps as ours, after a learn() of two rollouts."""
+    """Stable-Baselines3's or SBX's model, timed over as many steps as ours.
+
+    After a learn() of two rollouts.
+    """
     start = time.perf_counter()
     model.learn(args.batch_size)
     first = time.perf_counter() - start
     model.learn(args.batch_size)
     start = time.perf_counter()
     model.learn(args.batch_size * (args.num_updates - 1))
-    return {"steps_per_second": model.num_timesteps / (time.perf_counter() - start), "first_update_seconds": first}
+    speed = model.num_timesteps / (time.perf_counter() - start)
+    return {"steps_per_second": speed, "first_update_seconds": first}
 
 
 def common(args) -> dict:
     """What PPO of Stable-Baselines3 and of SBX is told."""
-    told = {"n_steps": args.num_steps, "batch_size": args.batch_size // args.num_minibatches, "seed": 1}
-    told |= {"n_epochs": args.update_epochs, "gamma": args.gamma, "gae_lambda": args.gae_lambda, "clip_range": 0.2}
-    told |= {"ent_coef": args.ent_coef, "vf_coef": args.vf_coef, "max_grad_norm": args.max_grad_norm}
-    return told | {"learning_rate": lambda left: args.learning_rate * left}
+    return {
+        "n_steps": args.num_steps,
+        "batch_size": args.batch_size // args.num_minibatches,
+        "seed": 1,
+        "n_epochs": args.update_epochs,
+        "gamma": args.gamma,
+        "gae_lambda": args.gae_lambda,
+        "clip_range": 0.2,
+        "ent_coef": args.ent_coef,
+        "vf_coef": args.vf_coef,
+        "max_grad_norm": args.max_grad_norm,
+        "learning_rate": lambda left: args.learning_rate * left,
+    }
 
 
 def sb3_cartpole(total_timesteps: int, threads: int) -> dict:
@@ -87,28 +143,33 @@ def sb3_cartpole(total_timesteps: int, threads: int) -> dict:
     if threads:
         torch.set_num_threads(threads)
     args = ppo_cartpole.Args(total_timesteps=total_timesteps)
-    return learned(PPO("MlpPolicy", make_vec_env(args.env_id, args.num_envs), device="cpu", **common(args)), args)
+    envs = make_vec_env(args.env_id, args.num_envs)
+    return learned(PPO("MlpPolicy", envs, device="cpu", **common(args)), args)
 
 
 def cartpoles(total_timesteps: int, threads: int) -> dict:
     """The environments of ppo_cartpole.py alone, stepped with random actions: the ceiling."""
     args = ppo_cartpole.Args()
-    envs, steps = ppo_cartpole.make_envs(args.env_id, args.num_envs), total_timesteps // args.num_envs
+    envs = ppo_cartpole.make_envs(args, args.num_envs)
+    steps = total_timesteps // args.num_envs
     envs.reset(seed=0)
     actions = np.random.default_rng(0).integers(0, 2, (steps, args.num_envs))
     start = time.perf_counter()
     for action in actions:
         envs.step(action)
-    return {"steps_per_second": steps * args.num_envs / (time.perf_counter() - start), "first_update_seconds": None}
+    speed = steps * args.num_envs / (time.perf_counter() - start)
+    return {"steps_per_second": speed, "first_update_seconds": None}
 
 
 def cheetah(total_timesteps: int) -> tuple:
-    """The flags of the modern preset, and HalfCheetah-v4 with the same normalisation, in Stable-Baselines3's way."""
+    """The flags of the modern preset, and HalfCheetah-v4 with the same normalisation.
+
+    In Stable-Baselines3's way.
+    """
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
     args = ppo_continuous.Args(total_timesteps=total_timesteps)
-    args.check()
     return args, VecNormalize(make_vec_env(args.env_id, args.num_envs), gamma=args.gamma)
 
 
@@ -147,12 +208,14 @@ def sb3_atari(total_timesteps: int, threads: int) -> dict:
 
 
 class Idle:
-    """In place of EnvPool: games of 1000 steps that show the same noise for ever and cost nothing."""
+    """In place of EnvPool: games of 1000 steps that show the same noise and cost nothing."""
 
     def __init__(self, *_, num_envs: int, **__):
         rng = np.random.default_rng(0)
-        self.obs, self.action_space = rng.integers(0, 256, (num_envs, 4, 84, 84), np.uint8), SimpleNamespace(n=6)
-        self.nothing, self.count = np.zeros(num_envs, np.float32), 0
+        self.obs = rng.integers(0, 256, (num_envs, 4, 84, 84), np.uint8)
+        self.action_space = SimpleNamespace(n=6)
+        self.nothing = np.zeros(num_envs, np.float32)
+        self.count = 0
 
     def reset(self) -> tuple:
         return self.obs, {"lives": self.nothing}
@@ -160,7 +223,8 @@ class Idle:
     def step(self, _) -> tuple:
         self.count += 1
         over = self.nothing + (self.count % 1000 == 0)
-        return self.obs, self.nothing, over > 0, over > 1, {"lives": self.nothing, "reward": over, "terminated": over}
+        info = {"lives": self.nothing, "reward": over, "terminated": over}
+        return self.obs, self.nothing, over > 0, over > 1, info
 
     def close(self) -> None:
         pass
@@ -168,19 +232,24 @@ class Idle:
 
 def network(total_timesteps: int, threads: int) -> dict:
     """ppo_atari.py without an emulator: acting and updating alone."""
-    ppo_atari.envpool = SimpleNamespace(make=Idle)
+    real = ppo_atari.envpool
+    ppo_atari.envpool = SimpleNamespace(make=Idle, make_spec=real.make_spec)
     return ours(ppo_atari, total_timesteps, threads)
 
 
 def emulators(total_timesteps: int, threads: int) -> dict:
     """The environments of ppo_atari.py alone, stepped with random actions."""
     args = ppo_atari.Args()
-    actors, steps = ppo_atari.start_actors(args, 0, args.num_envs), total_timesteps // args.num_envs
-    actions = np.random.default_rng(0).integers(0, actors.envs.action_space.n, (steps, args.num_envs))
+    steps = total_timesteps // args.num_envs
+    actors = ppo_atari.Actors(args, args.num_envs)
+    actors.restart(seed=0)
+    num_actions = actors.envs.action_space.n
+    actions = np.random.default_rng(0).integers(0, num_actions, (steps, args.num_envs))
     start = time.perf_counter()
     for action in actions:
-        ppo_atari.play(actors, action)
-    return {"steps_per_second": steps * args.num_envs / (time.perf_counter() - start), "first_update_seconds": None}
+        actors.step(action)
+    speed = steps * args.num_envs / (time.perf_counter() - start)
+    return {"steps_per_second": speed, "first_update_seconds": None}
 
 
 def grpo(total_timesteps: int, threads: int) -> dict:
@@ -193,43 +262,53 @@ def writing(total_timesteps: int, threads: int) -> dict:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     args, task = grpo_toy.Args(), grpo_toy.sort_task()
-    agent, rng = grpo_toy.Agent(len(task.vocab), len(task.prompts[0]) + task.max_length), torch.Generator()
-    prompts, batches = task.prompts[: args.num_prompts], total_timesteps // args.batch_size
+    agent = grpo_toy.Agent(len(task.vocab), len(task.prompts[0]) + task.max_length)
+    rng = torch.Generator()
+    questions = task.prompts[: args.num_prompts]
+    batches = total_timesteps // args.batch_size
     start = time.perf_counter()
     for _ in range(batches):
-        batch = grpo_toy.sample(agent, task.encode(prompts), args.group_size, task.max_length, 1.0, rng)
-        grpo_toy.verify(task, prompts, batch)
-    return {"steps_per_second": batches * args.batch_size / (time.perf_counter() - start), "first_update_seconds": None}
+        prompts = task.encode(questions)
+        batch = grpo_toy.sample(agent, prompts, args.group_size, task.max_length, 1.0, rng)
+        grpo_toy.verify(task, questions, batch, args.group_size)
+    speed = batches * args.batch_size / (time.perf_counter() - start)
+    return {"steps_per_second": speed, "first_update_seconds": None}
 
 
 def crowd(suite: str, key: str, total_timesteps: int, threads: int) -> dict:
     """A contestant once on each core, all at the same time, speeds added."""
     flags = f"{suite} --worker {key} --total-timesteps {total_timesteps} --threads {threads}"
     command = [sys.executable, __file__, *flags.split()]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     started = []
     for core in sorted(os.sched_getaffinity(0)):
         pin = partial(os.sched_setaffinity, 0, {core})
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=pin))
+        started.append(subprocess.Popen(command, preexec_fn=pin, **quiet))
     results = [json.loads(process.communicate()[0]) for process in started]
-    first = max(result["first_update_seconds"] for result in results)
-    total = {name: sum(result[name] for result in results) for name in ("steps_per_second", "memory_gb")}
-    return total | {"first_update_seconds": first}
+    return {
+        "steps_per_second": sum(result["steps_per_second"] for result in results),
+        "memory_gb": sum(result["memory_gb"] for result in results),
+        "first_update_seconds": max(result["first_update_seconds"] for result in results),
+    }
 
 
 def simulators(agents: int, total_timesteps: int, threads: int) -> dict:
     """The environments of so many agents alone, stepped with noise: the ceiling."""
-    args = ppo_continuous.Args(total_timesteps=total_timesteps, seeds=tuple(range(agents)))
-    args.check()
-    ppo_continuous.check_machine(args)
-    actors, shape = ppo_continuous.start_actors(args, 0), (total_timesteps, agents)
-    actions = np.random.default_rng(0).normal(size=(*shape, *actors.envs.actions.shape)).astype(np.float32)
+    args = lockstep.crowd_args(ppo_continuous.Args(), list(range(agents)), ["clip:0.2"])[0]
+    envs = ppo_continuous.make_envs(args, agents)
+    envs.reset(seed=0)
+    space = envs.single_action_space
+    rng = np.random.default_rng(0)
+    actions = rng.normal(size=(total_timesteps, agents, *space.shape)).astype(space.dtype)
+    actions = actions.clip(space.low, space.high)
     start = time.perf_counter()
     for action in actions:
-        actors.envs.step(action)
-    return {"steps_per_second": total_timesteps * agents / (time.perf_counter() - start), "first_update_seconds": None}
+        envs.step(action)
+    speed = total_timesteps * agents / (time.perf_counter() - start)
+    return {"steps_per_second": speed, "first_update_seconds": None}
 
 
-# -------------------------------------------------------------------------------------------------------- CONTESTANTS
+# ----------------------------------------------------------------------------------- CONTESTANTS
 class Contestant(NamedTuple):
     title: str
     measure: Callable[[int, int], dict]  # total_timesteps, torch threads or 0 for the default
@@ -252,17 +331,22 @@ class Suite(NamedTuple):
 MUJOCO = partial(ours, ppo_continuous)
 SUITES = {
     "cartpole": Suite(
-        "CartPole-v1 at the defaults of ppo_cartpole.py in all: 32 environments x 64 steps, 4 epochs of 32 "
-        "minibatches, separate tanh networks of 64-64 for policy and value, Adam, on the CPU. ppo_cartpole.py always "
-        "takes one torch thread. Each makes its environments in its usual way: Gymnasium's make_vec, which has a "
-        "CartPole in NumPy for all at once, and make_vec_env, a loop over single ones.",
+        "CartPole-v1 at the defaults of ppo_cartpole.py in all: 32 environments x 64 steps, 4 "
+        "epochs of 32 minibatches, separate tanh networks of 64-64 for policy and value, Adam, on "
+        "the CPU. ppo_cartpole.py always takes one torch thread. Each makes its environments in "
+        "its usual way: Gymnasium's make_vec, which has a CartPole in NumPy for all at once, and "
+        "make_vec_env, a loop over single ones.",
         "sb3",
         {
             "ours": Contestant("ppo_cartpole.py", partial(ours, ppo_cartpole), 1),
-            "ours-compile": Contestant("ppo_cartpole.py --compile", partial(ours, ppo_cartpole, compile=True), 1),
+            "ours-compile": Contestant(
+                "ppo_cartpole.py --compile", partial(ours, ppo_cartpole, compile=True), 1
+            ),
             "sb3": Contestant("Stable-Baselines3 PPO", sb3_cartpole),
-            # not by default: with a thread per core, its speed swings many times over on a machine that does more
-            "sb3-default": Contestant("Stable-Baselines3 PPO, its default threads", sb3_cartpole, 0, cores=None),
+            # not by default: with a thread per core, its speed swings on a machine that does more
+            "sb3-default": Contestant(
+                "Stable-Baselines3 PPO, its default threads", sb3_cartpole, 0, cores=None
+            ),
             "environments": Contestant("32 environments alone, Gymnasium", cartpoles, 1),
         },
         ("ours", "ours-compile", "sb3", "environments"),
@@ -270,41 +354,57 @@ SUITES = {
         ppo_cartpole.Args().batch_size,
     ),
     "mujoco": Suite(
-        "HalfCheetah-v4 at the defaults of ppo_continuous.py in all, the paper's Table 3: one environment x 2048 steps "
-        "per agent, 10 epochs of 32 minibatches, separate tanh networks of 64-64, observations and rewards normalised, "
-        "Adam, on the CPU. The 33 agents are what one task takes of the runs behind the paper's Table 1, 11 objectives "
-        "x 3 seeds; they learn in one process, whose updates take a thread per core. Where there is a process per "
+        "HalfCheetah-v4 at the defaults of ppo_continuous.py in all, the paper's Table 3: one "
+        "environment x 2048 steps per agent, 10 epochs of 32 minibatches, separate tanh networks "
+        "of 64-64, observations and rewards normalised, Adam, on the CPU. The 33 agents are what "
+        "one task takes of the runs behind the paper's Table 1, 11 objectives x 3 seeds; they "
+        "learn in one process, whose updates take a thread per core. Where there is a process per "
         "core, each is pinned to its own.",
         "sb3",
         {
             "one": Contestant("ppo_continuous.py, one agent", MUJOCO, 1),
-            "one-eager": Contestant("ppo_continuous.py --no-compile, one agent", partial(MUJOCO, compile=False), 1),
-            "grid": Contestant("ppo_continuous.py, 33 agents", partial(MUJOCO, **GRID), CORES, 33, CORES, 1 / 4),
+            "one-eager": Contestant(
+                "ppo_continuous.py --no-compile, one agent", partial(MUJOCO, compile=False), 1
+            ),
+            "grid": Contestant(
+                "ppo_continuous.py, 33 agents", side_by_side, CORES, 33, CORES, 1 / 4
+            ),
             "grid-crowd": Contestant(
                 "ppo_continuous.py, 33 agents a process, a process per core",
                 *(partial(crowd, "mujoco", "grid"), 1, 33 * CORES, CORES, 1 / 4),
             ),
             "sb3": Contestant("Stable-Baselines3 PPO", sb3_mujoco),
             "sb3-crowd": Contestant(
-                "Stable-Baselines3 PPO, a process per core", partial(crowd, "mujoco", "sb3"), 1, CORES, CORES
+                "Stable-Baselines3 PPO, a process per core",
+                partial(crowd, "mujoco", "sb3"),
+                1,
+                CORES,
+                CORES,
             ),
             "sbx": Contestant("SBX PPO (JAX)", sbx_mujoco, cores=None),
             "simulator": Contestant("the environment alone, Gymnasium", partial(simulators, 1), 1),
-            "simulators": Contestant("33 environments alone, EnvPool", partial(simulators, 33), 1, 33, CORES, 1 / 4),
+            "simulators": Contestant(
+                "33 environments alone, EnvPool", partial(simulators, 33), 1, 33, CORES, 1 / 4
+            ),
         },
         ("one", "grid", "grid-crowd", "sb3", "sb3-crowd", "sbx", "simulator", "simulators"),
         40_960,
         ppo_continuous.Args().batch_size,
     ),
     "atari": Suite(
-        "Pong at the defaults of ppo_atari.py in all, the paper's Table 5: 8 environments x 128 steps, 3 epochs of 4 "
-        "minibatches, the Nature CNN, Adam, on the CPU, every core of it. ppo_atari.py computes in bfloat16 where the "
-        "CPU can, on EnvPool; Stable-Baselines3 in float32, on its own wrappers around ale-py.",
+        "Pong at the defaults of ppo_atari.py in all, the paper's Table 5: 8 environments x 128 "
+        "steps, 3 epochs of 4 minibatches, the Nature CNN, Adam, on the CPU, every core of it. "
+        "ppo_atari.py computes in bfloat16 where the CPU can, on EnvPool; Stable-Baselines3 in "
+        "float32, on its own wrappers around ale-py.",
         "sb3",
         {
             "ours": Contestant("ppo_atari.py", partial(ours, ppo_atari), CORES, 1, CORES),
             "ours-float32": Contestant(
-                "ppo_atari.py --precision float32", partial(ours, ppo_atari, precision="float32"), CORES, 1, CORES
+                "ppo_atari.py --precision float32",
+                partial(ours, ppo_atari, precision="float32"),
+                CORES,
+                1,
+                CORES,
             ),
             "sb3": Contestant("Stable-Baselines3 PPO", sb3_atari, 0, 1, CORES),
             "emulators": Contestant("8 environments alone, EnvPool", emulators, 1, 1, CORES),
@@ -316,8 +416,8 @@ SUITES = {
         ("emulators", "network"),
     ),
     "grpo": Suite(
-        "The task sort at the defaults of grpo_toy.py: 64 questions x 8 answers, 2 gradient steps on each batch, on "
-        "the CPU. A step is a sampled answer.",
+        "The task sort at the defaults of grpo_toy.py: 64 questions x 8 answers, 2 gradient steps "
+        "on each batch, on the CPU. A step is a sampled answer.",
         "ours",
         {
             "ours": Contestant("grpo_toy.py", grpo, 1),
@@ -331,20 +431,24 @@ SUITES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- SITTINGS
+# -------------------------------------------------------------------------------------- SITTINGS
 def work(suite: str, key: str, total_timesteps: int, threads: int) -> None:
     """--worker: one measurement, printed as one line of JSON."""
     contestant = SUITES[suite].contestants[key]
+    if contestant.threads is not None:
+        threads = contestant.threads
     with contextlib.redirect_stdout(sys.stderr):
-        result = contestant.measure(total_timesteps, threads if contestant.threads is None else contestant.threads)
+        result = contestant.measure(total_timesteps, threads)
     mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of kilobytes, on Linux
-    print(json.dumps({"memory_gb": mine} | result | {"threads": contestant.threads or torch.get_num_threads()}))
+    threads = contestant.threads or torch.get_num_threads()
+    print(json.dumps({"memory_gb": mine} | result | {"threads": threads}))
 
 
 def measure(suite: str, key: str, total_timesteps: int, threads: int) -> dict:
     """What work() prints in a process of its own. Raises UserError where that fails."""
     flags = f"{suite} --worker {key} --total-timesteps {total_timesteps} --threads {threads}"
-    done = subprocess.run([sys.executable, __file__, *flags.split()], capture_output=True, text=True)
+    command = [sys.executable, __file__, *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         why = done.stderr.strip().rpartition("\n")[2]
         raise UserError(f"{SUITES[suite].contestants[key].title} cannot be measured: {why}")
@@ -352,63 +456,94 @@ def measure(suite: str, key: str, total_timesteps: int, threads: int) -> dict:
 
 
 def table(suite: Suite, rows: list[dict]) -> list[dict]:
-    """Rows of SUITE.csv -> rows of SUITE.md: medians over the rounds, of speeds and of ratios within a round."""
-    measured, lines, peer = {}, [], suite.contestants[suite.peer].title
+    """Rows of SUITE.csv -> rows of SUITE.md.
+
+    Medians over the rounds, of speeds and of ratios within a round.
+    """
+    measured, speeds = {}, {}
+    peer = suite.contestants[suite.peer].title
     for row in rows:
         measured.setdefault(row["contestant"], []).append(row)
-    speeds = {title: np.array([row["steps_per_second"] for row in mine]) for title, mine in measured.items()}
+    for title, mine in measured.items():
+        speeds[title] = np.array([row["steps_per_second"] for row in mine])
+    lines = []
     for contestant in suite.contestants.values():
-        if (title := contestant.title) in measured:
-            first = [row["first_update_seconds"] for row in measured[title] if row["first_update_seconds"] is not None]
-            ratios = speeds[title] / speeds[peer] if peer in speeds else None
-            shown = "" if ratios is None else f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
-            speed, memory = np.median(speeds[title]), np.median([row["memory_gb"] for row in measured[title]])
-            line = {"contestant": title, "torch threads": measured[title][0]["threads"], "steps/s": f"{speed:,.0f}"}
-            line |= {"per agent": f"{speed / contestant.agents:,.0f}"}
-            line |= {"per core": f"{speed / contestant.cores:,.0f}" if contestant.cores else ""}
-            line |= {f"times {peer}": shown, "first update, s": f"{np.median(first):.1f}" if first else ""}
-            lines.append(line | {"memory, GB": f"{memory:.1f}"})
+        title = contestant.title
+        if title not in measured:
+            continue
+        mine = measured[title]
+        first = [row["first_update_seconds"] for row in mine]
+        first = [seconds for seconds in first if seconds is not None]
+        shown = ""
+        if peer in speeds:
+            ratios = speeds[title] / speeds[peer]
+            shown = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+        speed = np.median(speeds[title])
+        memory = np.median([row["memory_gb"] for row in mine])
+        line = {
+            "contestant": title,
+            "torch threads": mine[0]["threads"],
+            "steps/s": f"{speed:,.0f}",
+            "per agent": f"{speed / contestant.agents:,.0f}",
+            "per core": f"{speed / contestant.cores:,.0f}" if contestant.cores else "",
+            f"times {peer}": shown,
+            "first update, s": f"{np.median(first):.1f}" if first else "",
+            "memory, GB": f"{memory:.1f}",
+        }
+        lines.append(line)
     return lines
 
 
 def of_ceiling(suite: Suite, rows: list[dict]) -> str:
-    """How near the first contestant comes to 1 / (1/x + 1/y), x and y the speeds of its parts, round by round."""
-    first, *parts = (
-        np.array([row["steps_per_second"] for row in rows if row["contestant"] == suite.contestants[key].title])
-        for key in (next(iter(suite.contestants)), *suite.parts)
-    )
+    """How near the first contestant comes to 1 / (1/x + 1/y), round by round.
+
+    x and y: the speeds of its parts.
+    """
+
+    def speeds(key: str) -> np.ndarray:
+        mine = [row for row in rows if row["contestant"] == suite.contestants[key].title]
+        return np.array([row["steps_per_second"] for row in mine])
+
+    first = speeds(next(iter(suite.contestants)))
+    parts = [speeds(key) for key in suite.parts]
     share = first * sum(1 / part for part in parts)
     titles = " and ".join(f"'{suite.contestants[key].title}'" for key in suite.parts)
     said = f"{np.median(share):.0%} ({share.min():.0%} to {share.max():.0%})"
     return (
-        " A loop that does one thing at a time can reach 1 / (1/x + 1/y), x and y the speeds of its parts, here "
-        f"{titles}; the first row reaches {said} of that."
+        " A loop that does one thing at a time can reach 1 / (1/x + 1/y), x and y the speeds of "
+        f"its parts, here {titles}; the first row reaches {said} of that."
     )
 
 
 def report(name: str, rows: list[dict]) -> str:
     """SUITE.md from the rows of SUITE.csv."""
-    suite, seen, rounds = SUITES[name], {row["contestant"] for row in rows}, len({row["round"] for row in rows})
-    note = (
-        f"{suite.note} Medians of {rounds} rounds, ratios within a round (in brackets the smallest and the largest); "
-    )
-    note += "steps/s after the first update, which contains compilation, from an empty cache; memory is the peak."
+    suite = SUITES[name]
+    seen = {row["contestant"] for row in rows}
+    rounds = len({row["round"] for row in rows})
+    note = f"{suite.note} Medians of {rounds} rounds, ratios within a round (in brackets the "
+    note += "smallest and the largest); steps/s after the first update, which contains "
+    note += "compilation, from an empty cache; memory is the peak."
     if suite.parts and {suite.contestants[key].title for key in suite.parts} < seen:
         note += of_ceiling(suite, rows)
-    note += " SBX was not installed." * ("sbx" in suite.default and suite.contestants["sbx"].title not in seen)
+    if "sbx" in suite.default and suite.contestants["sbx"].title not in seen:
+        note += " SBX was not installed."
     about = list(rows[0])[list(rows[0]).index("started") :]
     said = "; ".join(f"{key.replace('_', ' ')} {rows[0][key]}" for key in about)
-    return f"# Speed: {name}\n\n{textwrap.fill(note, 120)}\n\n{said}\n\n{markdown(table(suite, rows))}"
+    note = textwrap.fill(note, 120)
+    return f"# Speed: {name}\n\n{note}\n\n{said}\n\n{markdown(table(suite, rows))}"
 
 
 def compare(name: str, keys: list[str], rounds: int, total_timesteps: int, threads: int) -> None:
     """Measure, write SUITE.csv and SUITE.md, print the table. Raises UserError."""
     suite = SUITES[name]
     if total_timesteps <= suite.batch:
-        raise UserError(f"--total-timesteps must be above {suite.batch}: the first update is not timed")
-    about = {"started": datetime.datetime.now().isoformat(timespec="seconds"), "git_commit": git_commit()}
-    packages = ["torch", "gymnasium", "envpool", "stable-baselines3"] + ["sbx-rl", "jax"] * ("sbx" in keys)
-    packages += ["ale-py"] * (name == "atari")
+        what = f"--total-timesteps must be above {suite.batch}"
+        raise UserError(f"{what}: the first update is not timed")
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    about = {"started": now, "git_commit": git_commit()}
+    packages = ["torch", "gymnasium", "envpool", "stable-baselines3"]
+    packages += ["sbx-rl", "jax"] if "sbx" in keys else []
+    packages += ["ale-py"] if name == "atari" else []
     about |= {package: version(package) for package in packages}
     about |= {"python": sys.version.split()[0]} | machine()
     rows = []
@@ -427,12 +562,15 @@ def compare(name: str, keys: list[str], rounds: int, total_timesteps: int, threa
 
 def main(argv: list[str]) -> None:
     parser = Parser("Steps per second side by side, in alternating processes.")
-    parser.add_argument("suites", nargs="*", help=f"any of {', '.join(SUITES)}; all where none is named")
-    parser.add_argument("--contestants", nargs="+", help="who takes part, of one suite; by default its usual ones")
-    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each contestant")
-    parser.add_argument("--total-timesteps", type=positive, help="steps of one measurement; by default the suite's")
-    parser.add_argument("--threads", type=positive, default=1, help="torch threads of the peers")
-    parser.add_argument("--worker", help="measure one contestant here and print a line of JSON")
+    add = parser.add_argument
+    add("suites", nargs="*", help=f"any of {', '.join(SUITES)}; all where none is named")
+    what = "who takes part, of one suite; by default its usual ones"
+    add("--contestants", nargs="+", help=what)
+    add("--rounds", type=positive, default=5, help="measurements of each contestant")
+    what = "steps of one measurement; by default the suite's"
+    add("--total-timesteps", type=positive, help=what)
+    add("--threads", type=positive, default=1, help="torch threads of the peers")
+    add("--worker", help="measure one contestant here and print a line of JSON")
     args = parser.parse_args(argv)
     chosen = args.suites or list(SUITES)
     for name in chosen:
@@ -442,7 +580,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--contestants goes with one suite")
     for key in [*(args.contestants or ()), *([args.worker] if args.worker else ())]:
         if key not in SUITES[chosen[0]].contestants:
-            raise UserError(f"{key!r} is no contestant of {chosen[0]}: {', '.join(SUITES[chosen[0]].contestants)}")
+            known = ", ".join(SUITES[chosen[0]].contestants)
+            raise UserError(f"{key!r} is no contestant of {chosen[0]}: {known}")
     for name in chosen:
         steps = args.total_timesteps or SUITES[name].timesteps
         if args.worker:

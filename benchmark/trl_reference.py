@@ -37,12 +37,21 @@ def example() -> dict:
     lengths = torch.randint(1, MAX_LENGTH + 1, (count,), generator=rng)
     lengths[:2] = torch.tensor([MAX_LENGTH, 1])
     for row, length in enumerate(lengths.tolist()):
-        tokens[row, length - 1 + (row == 0) :] = 0  # the end token, and nothing after it; the first answer has none
+        tokens[row, length - 1 + (row == 0) :] = (
+            0  # the end token, and nothing after it; the first answer has none
+        )
     logits = torch.randn(count, MAX_LENGTH, WORDS, generator=rng)
     moved = (logits + 0.4 * torch.randn(logits.shape, generator=rng) for _ in range(2))
     new, old, reference = (x.log_softmax(-1) for x in (logits, *moved))
     rewards = torch.tensor([[0.0, 1.0, 0.25, 0.0], [0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 0.0, 1.0]])
-    parts = {"tokens": tokens, "lengths": lengths, "rewards": rewards, "new": new, "old": old, "reference": reference}
+    parts = {
+        "tokens": tokens,
+        "lengths": lengths,
+        "rewards": rewards,
+        "new": new,
+        "old": old,
+        "reference": reference,
+    }
     return {name: x.tolist() for name, x in parts.items()}
 
 
@@ -55,9 +64,16 @@ def trainer(flags: dict, rewards: list[float], folder: str):
 
     words = {str(i): i for i in range(WORDS)} | {"<pad>": WORDS}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="1")), eos_token="0", pad_token="<pad>"
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="1")),
+        eos_token="0",
+        pad_token="<pad>",
     )
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS + 1, **sizes))
     config = GRPOConfig(
         output_dir=folder,
@@ -83,7 +99,10 @@ def trainer(flags: dict, rewards: list[float], folder: str):
         train_dataset=Dataset.from_dict({"prompt": ["1"] * GROUPS}),
         processing_class=tokenizer,
     )
-    made.beta, made.ref_model = flags["kl_coef"], torch.nn.Identity()  # a beta above would have it download a model
+    made.beta, made.ref_model = (
+        flags["kl_coef"],
+        torch.nn.Identity(),
+    )  # a beta above would have it download a model
     made.model.train()
     made.current_gradient_accumulation_steps = 1  # else set by the training loop
     return made
@@ -100,7 +119,16 @@ def reference(data: dict, flags: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         made = trainer(flags, [reward for group in data["rewards"] for reward in group], folder)
         texts = [" ".join(map(str, answer)) for answer in answers]
-        made._generate = lambda prompts, *_: ([[1]] * len(prompts), answers, None, texts, None, {}, None, None)
+        made._generate = lambda prompts, *_: (
+            [[1]] * len(prompts),
+            answers,
+            None,
+            texts,
+            None,
+            {},
+            None,
+            None,
+        )
         made._get_per_token_logps_and_entropies = lambda model, *_, **__: (
             logps["reference" if model is made.ref_model else "new"],
             torch.zeros(tokens.shape),

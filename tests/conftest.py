@@ -1,6 +1,6 @@
-"""Shared by the tests: the command line in this process and in its own, a finished run, and odd environments.
+"""Shared by the tests: main() in this process or its own, a finished run, odd environments.
 
-The environments are registered on import, so that --env-id conftest:Name-v0 finds them in any process.
+The environments are registered on import: --env-id conftest:Name-v0 finds them in any process.
 """
 
 import os
@@ -15,8 +15,10 @@ import pytest
 
 import ppo_cartpole
 
-TESTS, SCRIPT = Path(__file__).parent, Path(ppo_cartpole.__file__)
-TINY = "--total-timesteps 256 --num-envs 2 --num-steps 32 --num-minibatches 2 --update-epochs 1 --eval-episodes 2"
+TESTS = Path(__file__).parent
+SCRIPT = Path(ppo_cartpole.__file__)
+TINY = "--total-timesteps 256 --num-envs 2 --num-steps 32 --num-minibatches 2 --update-epochs 1"
+TINY += " --eval-episodes 2"
 
 
 class Outcome(NamedTuple):
@@ -27,13 +29,13 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def script():
-    """Whose main() the fixture below runs; a file of tests for another script has its own."""
+    """Whose main() the fixture below runs. Tests of another script have a fixture of their own."""
     return ppo_cartpole
 
 
 @pytest.fixture
 def main(script, monkeypatch, capsys, tmp_path):
-    """main() with these arguments in this process, its working directory the test's empty folder."""
+    """main() with these arguments in this process, in the empty folder of the test."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv) -> Outcome:
@@ -50,7 +52,7 @@ def main(script, monkeypatch, capsys, tmp_path):
 
 
 def environment(**changes: str | None) -> dict:
-    """This process's environment, with the folder of this file importable; None takes a variable away."""
+    """This process's environment, and this folder importable. None takes a variable away."""
     changes = {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(TESTS)])} | changes
     return {name: value for name, value in (os.environ | changes).items() if value is not None}
 
@@ -60,9 +62,15 @@ def process(tmp_path):
     """The same in a process of its own, with an empty stdin."""
 
     def run(*argv, **changes) -> Outcome:
-        command = [sys.executable, SCRIPT, *map(str, argv)]
-        quiet = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 120}
-        done = subprocess.run(command, cwd=tmp_path, env=environment(**changes), **quiet)
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *map(str, argv)],
+            cwd=tmp_path,
+            env=environment(**changes),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         return Outcome(done.returncode, done.stdout.splitlines(), done.stderr.splitlines())
 
     return run
@@ -72,13 +80,15 @@ def process(tmp_path):
 def finished(tmp_path_factory) -> Path:
     """The folder of a finished run; look, do not touch."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    args = ppo_cartpole.parse_args(ppo_cartpole.Args, [*TINY.split(), "--run-dir", str(path)])
-    ppo_cartpole.train(args)
+    ppo_cartpole.train(ppo_cartpole.parse_args([*TINY.split(), "--run-dir", str(path)]))
     return path
 
 
 class Lever(gym.Env):
-    """Three levers, numbered from 1; the highest pays 1. An episode ends after 5 steps, every third by termination."""
+    """Three levers, numbered from 1; the highest pays 1.
+
+    An episode ends after 5 steps: every third one by termination, the others by truncation.
+    """
 
     observation_space = gym.spaces.Box(-1, 1, (3,), np.float64)
     action_space = gym.spaces.Discrete(3, start=1)
@@ -86,7 +96,8 @@ class Lever(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.count, self.episode = 0, self.episode + 1
+        self.count = 0
+        self.episode += 1
         return self.np_random.uniform(-1, 1, 3), {}
 
     def step(self, action):
@@ -94,19 +105,36 @@ class Lever(gym.Env):
             raise ValueError(f"there is no lever {action}")
         self.count += 1
         ended = self.count == 5
-        by_itself = ended and self.episode % 3 == 0
-        return self.np_random.uniform(-1, 1, 3), float(action == 3), by_itself, ended and not by_itself, {}
+        terminated = ended and self.episode % 3 == 0
+        obs = self.np_random.uniform(-1, 1, 3)
+        return obs, float(action == 3), terminated, ended and not terminated, {}
+
+
+class Blind(Lever):
+    """Says that it can be rendered, and cannot."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
+
+    def __init__(self, render_mode: str | None = None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return None
 
 
 class Poison(gym.Env):
-    """Never ends by itself; from its `after`-th step on, counted over all copies, it poisons what `where` names."""
+    """Never ends by itself. From its `after`-th step on, it poisons what `where` names.
+
+    Steps are counted over all copies.
+    """
 
     observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
     action_space = gym.spaces.Discrete(2)
     steps = 0  # of all copies; a test starts it from 0
 
     def __init__(self, where: str, value: float, after: int):
-        self.poison, self.after = {where: value}, after
+        self.poison = {where: value}
+        self.after = after
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -124,7 +152,8 @@ class Still(gym.Env):
     """Does nothing, in whatever spaces it is given."""
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space):
-        self.observation_space, self.action_space = observation_space, action_space
+        self.observation_space = observation_space
+        self.action_space = action_space
 
 
 class Broken(gym.Env):
@@ -132,16 +161,18 @@ class Broken(gym.Env):
         raise RuntimeError("the simulator's licence\nhas run out")
 
 
-VECTOR, TWO = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
-for name, spaces in {
-    "Image": (gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), TWO),
-    "Dict": (gym.spaces.Dict({"position": VECTOR}), TWO),
-    "ManyActions": (VECTOR, gym.spaces.MultiDiscrete([2, 3])),
-}.items():
-    kwargs = dict(zip(("observation_space", "action_space"), spaces, strict=True))
+VECTOR = gym.spaces.Box(-1, 1, (2,))
+TWO = gym.spaces.Discrete(2)
+for name, obs_space, action_space in (
+    ("Image", gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), TWO),
+    ("Dict", gym.spaces.Dict({"position": VECTOR}), TWO),
+    ("ManyActions", VECTOR, gym.spaces.MultiDiscrete([2, 3])),
+):
+    kwargs = {"observation_space": obs_space, "action_space": action_space}
     gym.register(f"{name}-v0", Still, kwargs=kwargs, max_episode_steps=10)
 for where, value, after in (("obs", np.nan, 257), ("obs", np.inf, 258), ("rewards", np.nan, 320)):
     kwargs = {"where": where, "value": value, "after": after}
     gym.register(f"Poison-{where}-{value}-v0", Poison, kwargs=kwargs, max_episode_steps=1000)
 gym.register("Lever-v0", Lever, max_episode_steps=100)
+gym.register("Blind-v0", Blind, max_episode_steps=100)
 gym.register("Broken-v0", Broken)

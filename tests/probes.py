@@ -1,4 +1,7 @@
-"""Environments that isolate one piece of an actor-critic each (an idea of Andy L. Jones), and one that counts."""
+"""Environments that isolate one piece of an actor-critic each (an idea of Andy L. Jones).
+
+And one that counts.
+"""
 
 import gymnasium as gym
 import numpy as np
@@ -10,7 +13,9 @@ class Probe(gym.Env):
     def __init__(self, sees: bool, acts: bool, length: int):
         self.observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
         self.action_space = gym.spaces.Discrete(2)
-        self.sees, self.acts, self.length = sees, acts, length
+        self.sees = sees
+        self.acts = acts
+        self.length = length
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -25,13 +30,16 @@ class Probe(gym.Env):
     def step(self, action):
         self.step_count += 1
         ended = self.step_count == self.length
-        goodness = (1.0 if action == 1 else -1.0) if self.acts else 1.0
-        reward = goodness * (self.sign if self.sees else 1.0) if ended else 0.0
+        reward = 1.0 if ended else 0.0
+        if self.acts and action == 0:
+            reward = -reward
+        if self.sees:
+            reward *= self.sign
         return self.observe(), reward, ended, False, {}
 
 
 class Counter(gym.Env):
-    """Observes how many steps were taken since the reset, pays 1 + that number, and never terminates by itself."""
+    """Observes how many steps were taken since the reset, pays that number, never terminates."""
 
     observation_space = gym.spaces.Box(0, 1000, (1,), np.float32)
     action_space = gym.spaces.Discrete(2)
@@ -53,5 +61,6 @@ for name, sees, acts, length in (
     ("Acts", False, True, 1),
     ("SeesAndActs", True, True, 1),
 ):
-    gym.register(f"Probe{name}-v0", entry_point=Probe, kwargs={"sees": sees, "acts": acts, "length": length})
+    kwargs = {"sees": sees, "acts": acts, "length": length}
+    gym.register(f"Probe{name}-v0", entry_point=Probe, kwargs=kwargs)
 gym.register("ProbeCounter-v0", entry_point=Counter, max_episode_steps=3)

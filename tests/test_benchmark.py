@@ -2,12 +2,12 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import benchmark
 import ppo_cartpole
-from benchmark import UserError, classic, git_commit, plot, read_csv, speed
+from benchmark import UserError, classic, git_commit, lockstep, plot, read_csv, speed
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = "--total-timesteps 4096 --num-envs 4 --num-steps 64 --num-minibatches 8 --eval-episodes 1"
@@ -29,13 +29,16 @@ def two_runs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("classic")
     for seed in (1, 2):
         flags = f"{TOY} --seed {seed} --run-dir {root / 'toy' / str(seed)}"
-        ppo_cartpole.train(ppo_cartpole.parse_args(ppo_cartpole.Args, flags.split()))
+        ppo_cartpole.train(ppo_cartpole.parse_args(flags.split()))
     return root
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """classic.py with one task of two seeds, and folders of its own for runs and results. Returns set_flags."""
+    """classic.py with one task of two seeds, and folders of its own for runs and results.
+
+    Returns set_flags.
+    """
     monkeypatch.setattr(classic, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(classic, "RESULTS", tmp_path / "results")
 
@@ -46,10 +49,14 @@ def toy(tmp_path, monkeypatch):
     return set_flags
 
 
-def write_run(folder: Path, agents: list[tuple[int, str]], rows: list[tuple[int, str]], **config) -> Path:
+def write_run(
+    folder: Path, agents: list[tuple[int, str]], rows: list[tuple[int, str]], **config
+) -> Path:
     """A run folder with the same (global_step, episodic_return) rows for every agent."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"script": "ppo_cartpole", "args": {"env_id": "E-v0"}} | config))
+    (folder / "config.json").write_text(
+        json.dumps({"script": "ppo_cartpole", "args": {"env_id": "E-v0"}} | config)
+    )
     with open(folder / "metrics.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["update", "global_step", "seed", "objective", "charts/episodic_return"])
@@ -58,64 +65,84 @@ def write_run(folder: Path, agents: list[tuple[int, str]], rows: list[tuple[int,
     return folder
 
 
-# -------------------------------------------------------------------------------------------------------- VERSIONS
-@pytest.mark.parametrize("which", ["script", "benchmark"])
-def test_the_commit_is_marked_where_code_has_changed_and_not_where_results_have(which, tmp_path, monkeypatch):
-    def commit() -> str | None:
-        if which == "script":
-            return ppo_cartpole.Run.provenance(SimpleNamespace(config={}))["git_commit"]
-        return git_commit() or None
-
+# -------------------------------------------------------------------------------------- VERSIONS
+def test_the_commit_is_marked_where_code_has_changed_and_not_where_results_have(
+    tmp_path, monkeypatch
+):
     def git(*argv: str) -> str:
-        who = ["-c", "user.name=me", "-c", "user.email=me@example.org", "-c", "commit.gpgsign=false"]
-        return subprocess.run(["git", *who, "-C", tmp_path, *argv], check=True, capture_output=True, text=True).stdout
+        who = ["user.name=me", "user.email=me@example.org", "commit.gpgsign=false"]
+        options = [word for setting in who for word in ("-c", setting)]
+        command = ["git", *options, "-C", tmp_path, *argv]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     code, results = tmp_path / "benchmark/code.py", tmp_path / "benchmark/results.csv"
     code.parent.mkdir()
-    monkeypatch.setattr(ppo_cartpole, "__file__", str(code))
     monkeypatch.setattr(benchmark, "__file__", str(code))
-    assert commit() is None  # no repository
+    assert git_commit() == ""  # no repository
     git("init", "-q")
     code.write_text("1\n")
     results.write_text("1\n")
-    assert commit() is None  # no commit
+    assert git_commit() == ""  # no commit
     git("add", ".")
     git("commit", "-qm", "first")
     git("tag", "v1")
     head = git("rev-parse", "HEAD").strip()
-    assert commit() == head
+    assert git_commit() == head
     results.write_text("2\n")
     (code.parent / "new.txt").write_text("1\n")
-    assert commit() == head
+    assert git_commit() == head
     code.write_text("2\n")
-    assert commit() == f"{head}-dirty"
+    assert git_commit() == f"{head}-dirty"
     git("commit", "-qam", "second")
-    assert commit() == git("rev-parse", "HEAD").strip() != head
+    assert git_commit() == git("rev-parse", "HEAD").strip() != head
     monkeypatch.setenv("PATH", "")
-    assert commit() is None  # no git
+    assert git_commit() == ""  # no git
 
 
-# ------------------------------------------------------------------------------------------------------------ PLOT
+# ------------------------------------------------------------------------------------------ PLOT
 def test_plot_draws_runs(two_runs, tmp_path):
     picture = tmp_path / "a.png"
-    command = [sys.executable, "benchmark/plot.py", two_runs / "toy/1", two_runs / "toy/2", "-o", picture]
+    runs = [two_runs / "toy/1", two_runs / "toy/2"]
+    command = [sys.executable, "benchmark/plot.py", *runs, "-o", picture]
     done = subprocess.run(command, **QUIET)
     assert (done.returncode, done.stderr) == (0, "")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    panels = plot.read_runs([two_runs / "toy/1", two_runs / "toy/2"])
-    assert {env: {line: len(seeds) for line, seeds in groups.items()} for env, groups in panels.items()} == {
-        "CartPole-v1": {"clip:0.2": 2}
-    }
+    assert shape(*runs) == {"CartPole-v1": {"clip:0.2": 2}}
+
+
+def shape(*folders) -> dict:
+    """How many curves each line of each panel has."""
+    panels = plot.read_runs(folders)
+    return {env: {line: len(c) for line, c in lines.items()} for env, lines in panels.items()}
+
+
+def test_plot_takes_the_folders_of_a_crowd(tmp_path):
+    """All of them by *, which names the crowd's own files too."""
+    flags = "--env-id Pendulum-v1 --num-steps 64 --total-timesteps 512 --no-compile"
+    flags += " --num-minibatches 2 --update-epochs 1 --seeds 1 2 --objectives none clip:0.2"
+    flags += f" --eval-episodes 1 --checkpoint-every 8 --run-dir {tmp_path / 'crowd'}"
+    lockstep.train(*lockstep.parse_args(flags.split()))
+    names = list((tmp_path / "crowd").iterdir())
+    assert {path.name for path in names if path.is_file()} == {"config.json", "checkpoint.pt"}
+    assert shape(*names) == {"Pendulum-v1": {"none": 2, "clip:0.2": 2}}
+    plot.main([*map(str, names), "-o", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="no run folder"):
+        plot.read_runs([path for path in names if path.is_file()])
 
 
 @pytest.mark.parametrize(
     "what, flags",
-    [("missing", ["no/such/run"]), ("unwritable", ["-o", "no/such/folder/a.png"]), ("format", ["-o", "a.nonsense"])],
+    [
+        ("missing", ["no/such/run"]),
+        ("unwritable", ["-o", "no/such/folder/a.png"]),
+        ("format", ["-o", "a.nonsense"]),
+    ],
 )
 def test_plot_refuses_in_one_line(what, flags, two_runs, tmp_path):
     runs = [] if what == "missing" else [two_runs / "toy/1"]
     done = subprocess.run([sys.executable, "benchmark/plot.py", *runs, *flags], **QUIET)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr)
 
 
 def test_plot_says_what_is_wrong_with_a_run(tmp_path):
@@ -141,13 +168,12 @@ def test_plot_says_what_is_wrong_with_a_run(tmp_path):
 
 def test_plot_groups_by_what_differs(tmp_path):
     rows = [(10, ""), (20, "1"), (30, "3")]  # the first row precedes the first finished episode
-    many = write_run(tmp_path / "many", [(s, o) for s in (1, 2, 3) for o in ("none", "clip:0.2")], rows)
-    other = write_run(tmp_path / "other", [(1, "none"), (1, "clip:0.2")], rows, script="ppo_continuous")
-    third = write_run(tmp_path / "third", [(1, "none")], rows, args={"env_id": "F-v0"}, script="ppo_continuous")
-
-    def shape(*folders):
-        return {env: {line: len(c) for line, c in lines.items()} for env, lines in plot.read_runs(folders).items()}
-
+    six = [(seed, objective) for seed in (1, 2, 3) for objective in ("none", "clip:0.2")]
+    many = write_run(tmp_path / "many", six, rows)
+    made = {"script": "ppo_continuous"}
+    other = write_run(tmp_path / "other", [(1, "none"), (1, "clip:0.2")], rows, **made)
+    made["args"] = {"env_id": "F-v0"}
+    third = write_run(tmp_path / "third", [(1, "none")], rows, **made)
     assert shape(many) == {"E-v0": {"none": 3, "clip:0.2": 3}}
     lines = {"ppo_cartpole, none": 3, "ppo_cartpole, clip:0.2": 3, "ppo_continuous, none": 1}
     assert shape(many, other, third) == {
@@ -161,7 +187,8 @@ def test_plot_groups_by_what_differs(tmp_path):
 
 
 def test_plot_draws_answers_too(tmp_path):
-    run = write_run(tmp_path / "a", [(1, "grpo")], [(10, "0.5"), (20, "1.0")], script="grpo_toy", args={"task": "sort"})
+    made = {"script": "grpo_toy", "args": {"task": "sort"}}
+    run = write_run(tmp_path / "a", [(1, "grpo")], [(10, "0.5"), (20, "1.0")], **made)
     ((steps, returns),) = plot.read_runs([run])["sort"]["grpo"]
     assert steps.tolist() == [10, 20] and returns.tolist() == [0.5, 1.0]
 
@@ -172,7 +199,8 @@ def test_curves_never_extrapolate_and_colour_by_place():
     plot.curves(ax, {"b": a + b}, lines=["a", "b"])
     (line,) = ax.lines
     assert line.get_xdata()[-1] == 40_000 and line.get_color() == plot.COLOURS[1]
-    assert [ax.xaxis.get_major_formatter()(x) for x in (0, 50_000, 1e6, 1.5e6)] == ["0", "50k", "1M", "1.5M"]
+    ticks = [ax.xaxis.get_major_formatter()(x) for x in (0, 50_000, 1e6, 1.5e6)]
+    assert ticks == ["0", "50k", "1M", "1.5M"]
     assert ax.get_ylabel() == "episodic return (last 100)"
 
 
@@ -181,19 +209,18 @@ def test_interval_is_the_bootstrap_of_the_mean_over_seeds():
     mean, low, high = plot.interval(returns)
     assert np.array_equal(mean, [15, 5, 4])
     assert (low <= mean).all() and (mean <= high).all() and low[1] == high[1] == 5
-    assert all(np.array_equal(x, y) for x, y in zip(plot.interval(returns), (mean, low, high), strict=True))
-    # exactly: all 4^4 resamples of the first column, of which 2.5% lie at or below 5, and 2.5% at or above 25
+    assert np.array_equal(plot.interval(returns), (mean, low, high))
+    # exactly: all 4^4 resamples of the first column, of which 2.5% lie at or below 5, and 2.5% at
+    # or above 25
     resampled = np.stack(np.meshgrid(*[returns[:, 0]] * 4)).reshape(4, -1).mean(0)
     assert np.allclose((low[0], high[0]), np.percentile(resampled, [2.5, 97.5]), atol=2.5)
-    assert all(np.array_equal(x, returns[0]) for x in plot.interval(returns[:1]))  # one seed has no interval
+    assert np.array_equal(plot.interval(returns[:1]), [returns[0]] * 3)  # one seed has no interval
 
 
-# --------------------------------------------------------------------------------------------------------- CLASSIC
+# --------------------------------------------------------------------------------------- CLASSIC
 def test_first_step_at_threshold_needs_a_hundred_episodes():
-    metrics = [
-        {"global_step": str(step), "charts/episodic_return": ret}
-        for step, ret in [(10, ""), (20, "600"), (30, "475"), (40, "474.9"), (50, "475.0"), (60, "500")]
-    ]
+    returns = {"10": "", "20": "600", "30": "475", "40": "474.9", "50": "475.0", "60": "500"}
+    metrics = [{"global_step": step, "charts/episodic_return": x} for step, x in returns.items()]
     early = [{"global_step": "15"}] * 99
     assert classic.first_step_at_threshold(metrics, [*early, {"global_step": "31"}], 475) == 50
     assert classic.first_step_at_threshold(metrics, [*early, {"global_step": "30"}], 475) == 30
@@ -218,18 +245,25 @@ def test_report_is_the_same_bytes_again(toy, two_runs):
     rows = read_csv(root / "results/runs.csv")
     for row, seed in zip(rows, (1, 2), strict=True):
         (summary,) = json.loads((root / f"runs/toy/{seed}/summary.json").read_text())
-        assert row["command"] == f"python ppo_cartpole.py {TOY} --seed {seed} --run-dir {root / 'runs/toy'}/{seed}"
-        for name in ("wall_seconds", "sps", "last_100_return", "eval_return_mean", "total_timesteps"):
+        where = f"--seed {seed} --run-dir {root / 'runs/toy'}/{seed}"
+        assert row["command"] == f"python ppo_cartpole.py {TOY} {where}"
+        names = "wall_seconds sps last_100_return eval_return_mean total_timesteps"
+        for name in names.split():
             assert float(row[name]) == summary[name]
         metrics = {
-            m["global_step"]: m["charts/episodic_return"] for m in read_csv(root / f"runs/toy/{seed}/metrics.csv")
+            m["global_step"]: m["charts/episodic_return"]
+            for m in read_csv(root / f"runs/toy/{seed}/metrics.csv")
         }
-        points = [point for point in read_csv(root / "results/curves.csv") if point["seed"] == str(seed)]
-        assert 2 <= len(points) <= 100 and all(metrics[p["global_step"]] == p["episodic_return"] for p in points)
+        points = [
+            point for point in read_csv(root / "results/curves.csv") if point["seed"] == str(seed)
+        ]
+        assert 2 <= len(points) <= 100
+        assert all(metrics[p["global_step"]] == p["episodic_return"] for p in points)
     text = (root / "results/summary.md").read_text()
     reached = sum(bool(row["first_step_at_threshold"]) for row in rows)
     assert f"| toy | CartPole-v1 | 20 | {reached} of 2 |" in text
-    assert f"    {rows[0]['command'].rpartition('/')[0].replace('--seed 1', '--seed S')}/S  # S = 1 to 2\n" in text
+    command = rows[0]["command"].rpartition("/")[0].replace("--seed 1", "--seed S")
+    assert f"    {command}/S  # S = 1 to 2\n" in text
     assert "12.0 s, median of 3 runs" in text
 
 
@@ -246,7 +280,8 @@ def test_other_tasks_stay(toy, two_runs, monkeypatch):
     for name, rows in first.items():
         others = [row | {"task": "other"} for row in rows]
         if name == "runs.csv":
-            others = [row | {"command": row["command"].replace("runs/toy", "runs/other")} for row in others]
+            for row in others:
+                row["command"] = row["command"].replace("runs/toy", "runs/other")
         assert read_csv(root / "results" / name) == others + rows
     text = (root / "results/summary.md").read_text()
     assert text.index("| other |") < text.index("| toy |") and (root / "results/other.png").exists()
@@ -270,7 +305,8 @@ def test_classic_continues_skips_and_restarts(toy):
     """Seed 1 is killed in mid-run, seed 2 died before its config.json, seed 3 has finished."""
     root = toy(LONGER, seeds=range(1, 4))
     folders = {seed: root / "runs/toy" / str(seed) for seed in (1, 2, 3)}
-    process = subprocess.Popen([sys.executable, *classic.command("toy", 1)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    command = [sys.executable, *classic.command("toy", 1)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     give_up = time.monotonic() + 30
     while not (folders[1] / "checkpoint.pt").exists() and time.monotonic() < give_up:
         time.sleep(0.005)
@@ -290,12 +326,14 @@ def test_classic_continues_skips_and_restarts(toy):
     assert (folders[1] / "config.json").read_bytes() == started  # continued, not started again
     assert len(read_csv(folders[1] / "metrics.csv")) == 64 > done_before
     assert (folders[2] / "summary.json").exists() and not (folders[2] / "config.json.tmp").exists()
-    assert (folders[3] / "summary.json").read_bytes() == b"[]" and len(list(folders[3].iterdir())) == 2
+    assert (folders[3] / "summary.json").read_bytes() == b"[]"
+    assert len(list(folders[3].iterdir())) == 2
 
 
 def test_classic_says_why_a_run_failed(toy):
     root = toy(TOY + " --env-id NoSuch-v0", seeds=range(1, 2))
-    with pytest.raises(UserError, match=r"1 of 1 runs failed: .* ended with code 2: error: cannot make"):
+    what = r"1 of 1 runs failed: .* ended with code 2: error: cannot make"
+    with pytest.raises(UserError, match=what):
         classic.main([])
     assert not (root / "results").exists()
 
@@ -308,11 +346,8 @@ def test_walltime_measures_whole_processes(toy, monkeypatch):
     def execute(arguments):  # the default run takes ten seconds
         slept.append(arguments)
         time.sleep(0.1)
-        config = {
-            "started": "now",
-            "git_commit": None,
-            "versions": dict.fromkeys(("torch", "gymnasium", "python"), "1"),
-        }
+        versions = dict.fromkeys(("torch", "gymnasium", "python"), "1")
+        config = {"started": "now", "versions": versions}
         (ROOT / arguments[-1]).mkdir(parents=True)
         (ROOT / arguments[-1] / "config.json").write_text(json.dumps(config))
 
@@ -320,19 +355,23 @@ def test_walltime_measures_whole_processes(toy, monkeypatch):
     (root / "runs/walltime/1").mkdir(parents=True)  # a measurement that was interrupted
     classic.main(["--walltime"])
     rows = read_csv(root / "results/walltime.csv")
-    assert [row["command"] for row in rows] == [f"python {' '.join(arguments)}" for arguments in slept]
+    assert [row["command"] for row in rows] == [
+        f"python {' '.join(arguments)}" for arguments in slept
+    ]
     assert all(0.1 <= float(row["seconds"]) < 5 and int(row["cores"]) >= 1 for row in rows)
 
 
-# ----------------------------------------------------------------------------------------------------------- SPEED
+# ----------------------------------------------------------------------------------------- SPEED
 def test_speed_has_a_row_per_contestant_and_a_ratio(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "RESULTS", tmp_path)
     keys = ["ours", "sb3"]  # to compile takes longer than all other tests
     speed.main(["cartpole", "--contestants", *keys, "--rounds", "1", "--total-timesteps", "6144"])
     rows = read_csv(tmp_path / "cartpole.csv")
-    assert [row["contestant"] for row in rows] == [speed.SUITES["cartpole"].contestants[key].title for key in keys]
+    contestants = speed.SUITES["cartpole"].contestants
+    assert [row["contestant"] for row in rows] == [contestants[key].title for key in keys]
     assert all(row["threads"] == "1" and row["total_timesteps"] == "6144" for row in rows)
-    assert all(float(row["first_update_seconds"]) > 0 and float(row["memory_gb"]) > 0.1 for row in rows)
+    assert all(float(row["first_update_seconds"]) > 0 for row in rows)
+    assert all(float(row["memory_gb"]) > 0.1 for row in rows)
     ours, theirs = (float(row["steps_per_second"]) for row in rows)
     printed = capsys.readouterr().out
     assert f"| {ours / theirs:.2f} (" in printed and "| 1.00 (" in printed
@@ -342,23 +381,42 @@ def test_speed_has_a_row_per_contestant_and_a_ratio(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("suite", "key", "timesteps"),
     [
-        *(("mujoco", key, 4096) for key in ("one-eager", "sb3", "sb3-crowd", "simulator", "simulators")),
+        *(
+            ("mujoco", key, 4096)
+            for key in ("one-eager", "sb3", "sb3-crowd", "simulator", "simulators")
+        ),
         *(("atari", key, 2048) for key in ("ours", "sb3", "emulators", "network")),
         *(("grpo", key, 1024) for key in ("ours", "writing")),
         ("cartpole", "environments", 2048),
     ],
 )
 def test_speed_measures_every_kind_of_contestant(suite, key, timesteps, monkeypatch, capsys):
-    monkeypatch.setattr(speed.ppo_atari, "envpool", speed.ppo_atari.envpool)  # one contestant puts its own in place
+    monkeypatch.setattr(speed.ppo_atari, "envpool", speed.ppo_atari.envpool)  # `network` changes it
     speed.main([suite, "--worker", key, "--total-timesteps", str(timesteps)])
     printed = json.loads(capsys.readouterr().out)
     assert printed["steps_per_second"] > 0 and printed["threads"] in (1, speed.CORES)
 
 
+def test_speed_adds_up_the_agents_of_a_crowd(monkeypatch):
+    monkeypatch.setattr(speed, "SEEDS", [1, 2])
+    monkeypatch.setattr(speed, "OBJECTIVES", ["clip:0.2"])
+    summaries, train = [], speed.lockstep.train
+
+    def watched(*given):
+        summaries.extend(train(*given))
+        return summaries
+
+    monkeypatch.setattr(speed.lockstep, "train", watched)
+    measured = speed.side_by_side(4096, 1, compile=False)
+    assert len(summaries) == 2 and summaries[0]["total_timesteps"] == 4096
+    assert measured["steps_per_second"] == sum(summary["sps"] for summary in summaries)
+    assert 0 < measured["first_update_seconds"] < summaries[0]["wall_seconds"]
+
+
 @pytest.mark.parametrize("key, expected", [("ours", 1), ("sb3", 3), ("sb3-default", 0)])
 def test_speed_gives_threads_to_peers_alone(key, expected, monkeypatch, capsys):
     contestants = speed.SUITES["cartpole"].contestants
-    spy = contestants[key]._replace(measure=lambda total_timesteps, threads: {"seen": (total_timesteps, threads)})
+    spy = contestants[key]._replace(measure=lambda *given: {"seen": given})
     monkeypatch.setitem(contestants, key, spy)
     speed.main(["cartpole", "--worker", key, "--threads", "3", "--total-timesteps", "7"])
     assert json.loads(capsys.readouterr().out)["seen"] == [7, expected]
@@ -367,16 +425,15 @@ def test_speed_gives_threads_to_peers_alone(key, expected, monkeypatch, capsys):
 def test_speed_takes_ratios_within_a_round_and_shares_among_agents_and_cores():
     suite = speed.SUITES["mujoco"]
 
-    def rows(speeds):
-        return [
-            {"contestant": suite.contestants[key].title, "steps_per_second": v, "threads": 1, "memory_gb": 0.5}
-            | {"first_update_seconds": None}
-            for round_ in speeds
-            for key, v in zip(("grid", "sb3"), round_, strict=True)
-        ]
-
-    ours, theirs = speed.table(suite, rows([(3300, 1000), (6600, 2000), (9900, 1000)]))  # of medians: 6.6
-    assert ours["times Stable-Baselines3 PPO"] == "3.30 (3.30 to 9.90)" and ours["steps/s"] == "6,600"
+    rows = []
+    for speeds in [(3300, 1000), (6600, 2000), (9900, 1000)]:  # of medians: 6.6
+        for key, steps_per_second in zip(("grid", "sb3"), speeds, strict=True):
+            row = {"contestant": suite.contestants[key].title, "threads": 1, "memory_gb": 0.5}
+            row |= {"steps_per_second": steps_per_second, "first_update_seconds": None}
+            rows.append(row)
+    ours, theirs = speed.table(suite, rows)
+    assert ours["times Stable-Baselines3 PPO"] == "3.30 (3.30 to 9.90)"
+    assert ours["steps/s"] == "6,600"
     assert ours["per agent"] == "200" and ours["per core"] == f"{6600 / speed.CORES:,.0f}"
     assert theirs["times Stable-Baselines3 PPO"] == "1.00 (1.00 to 1.00)"
 
@@ -384,7 +441,10 @@ def test_speed_takes_ratios_within_a_round_and_shares_among_agents_and_cores():
 def test_speed_tells_how_near_the_ceiling_is():
     suite = speed.SUITES["atari"]
     speeds = {"ours": (75, 60), "emulators": (300, 300), "network": (100, 100)}
-    rows = [{"contestant": suite.contestants[key].title, "steps_per_second": v} for key, x in speeds.items() for v in x]
+    rows = []
+    for key, mine in speeds.items():
+        title = suite.contestants[key].title
+        rows += [{"contestant": title, "steps_per_second": x} for x in mine]
     said = speed.of_ceiling(suite, rows)
     assert said.endswith("the first row reaches 90% (80% to 100%) of that.")
     assert "here '8 environments alone, EnvPool' and 'ppo_atari.py without environments'; " in said

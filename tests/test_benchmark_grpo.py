@@ -13,24 +13,35 @@ from benchmark import UserError, grpo, read_csv
 SMALL = "--total-timesteps 32 --num-prompts 2 --group-size 4 --eval-prompts 4 --pass-k 2"
 
 
-# ---------------------------------------------------------------------------------------------------------- ramble
+# ------------------------------------------------------------------------------------------- ramble
 def test_ramble_looks_at_the_first_word_alone():
     task = grpo.ramble_task()
     for prompt in task.prompts + task.held_out:
-        for answer in ([prompt[0], "<end>"], [prompt[0], ".", ".", "<end>"], [prompt[0]] * task.max_length):
+        for answer in (
+            [prompt[0], "<end>"],
+            [prompt[0], ".", ".", "<end>"],
+            [prompt[0]] * task.max_length,
+        ):
             assert task.verify(prompt, answer) == 1.0
             assert task.verify(prompt, ["." if answer[0] != "." else "A", *answer]) == 0.0
     assert task.verify(["A", "1"], ["<end>"]) == 0.0
-    assert not {tuple(prompt) for prompt in task.prompts} & {tuple(prompt) for prompt in task.held_out}
+    assert not {tuple(prompt) for prompt in task.prompts} & {
+        tuple(prompt) for prompt in task.held_out
+    }
 
 
 @pytest.mark.parametrize(("advantage", "direction"), [(-1.0, -1), (1.0, 1)])
 def test_one_over_length_makes_wrong_answers_longer_and_right_ones_shorter(advantage, direction):
-    """A policy that ends an answer with probability 1/2 at every word, and all its answers of at most 4 words, as often
-    as they occur: the expected gradient of each loss by the logit of ending. The sign is that of the change."""
+    """The expected gradient of each loss by the logit of ending; its sign is that of the change.
+
+    The policy ends an answer with probability 1/2 at every word. All its answers of at most 4
+    words are there, as often as they occur.
+    """
     lengths = torch.tensor([1] * 8 + [2] * 4 + [3] * 2 + [4] * 2)
     tokens = torch.ones(16, 4, dtype=torch.long)
-    for row, length in enumerate(lengths[:-1].tolist()):  # of the two longest, one ends with its fourth word
+    for row, length in enumerate(
+        lengths[:-1].tolist()
+    ):  # of the two longest, one ends with its fourth word
         tokens[row, length - 1 :] = 0
     mask = torch.arange(4) < lengths.unsqueeze(1)
     logit, even = torch.zeros((), requires_grad=True), torch.full((16, 4, 2), 0.5).log()
@@ -39,15 +50,24 @@ def test_one_over_length_makes_wrong_answers_longer_and_right_ones_shorter(advan
     change = {}
     for loss_agg in ("grpo", "dr_grpo", "dapo"):
         log_probs = torch.stack([logit, torch.zeros(())]).log_softmax(0).expand(16, 4, 2)
-        loss, _ = grpo_toy.grpo_loss(log_probs, batch, 4, grpo_toy.Args(loss_agg=loss_agg, kl_coef=0.0))
+        loss, _ = grpo_toy.grpo_loss(
+            log_probs, batch, 4, grpo_toy.Args(loss_agg=loss_agg, kl_coef=0.0)
+        )
         (gradient,) = torch.autograd.grad(loss, logit)
         change[loss_agg] = -gradient.item()
     assert direction * change["grpo"] > 0.1
-    assert change["dr_grpo"] == pytest.approx(0, abs=1e-7) and change["dapo"] == pytest.approx(0, abs=1e-7)
+    assert change["dr_grpo"] == pytest.approx(0, abs=1e-7) and change["dapo"] == pytest.approx(
+        0, abs=1e-7
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- ablations
-VARIES = {"baseline": {"baseline"}, "mu": {"num_iterations"}, "beta": {"kl_coef"}, "aggregation": {"loss_agg"}}
+# ---------------------------------------------------------------------------------------- ablations
+VARIES = {
+    "baseline": {"baseline"},
+    "mu": {"num_iterations"},
+    "beta": {"kl_coef"},
+    "aggregation": {"loss_agg"},
+}
 VARIES["group-size"] = {"group_size", "num_prompts"}
 
 
@@ -61,13 +81,14 @@ def test_the_flags_of_every_run_are_those_of_the_script_and_differ_within_an_abl
             continue
         runs = []
         for value in ablation.values:
-            args = grpo_toy.parse_args(grpo_toy.Args, grpo.Key(name, value, 1).flags().split())
-            args.check()
+            args = grpo_toy.parse_args(grpo.Key(name, value, 1).flags().split())
+            task = grpo.ramble_task() if args.task == "ramble" else grpo_toy.TASKS[args.task]()
+            grpo_toy.check_args(args, task)
             runs.append(args)
         assert len({args.batch_size for args in runs}) == 1
         assert len({json.dumps(vars(args)) for args in runs}) == len(runs)
         default = vars(runs[list(ablation.values).index(ablation.default)])
-        assert default == vars(grpo_toy.parse_args(grpo_toy.Args, [*ablation.flags.split(), "--seed", "1"]))
+        assert default == vars(grpo_toy.parse_args([*ablation.flags.split(), "--seed", "1"]))
         for args in runs:
             differ = {flag for flag, value in vars(args).items() if value != default[flag]}
             assert differ <= VARIES[name]
@@ -75,7 +96,7 @@ def test_the_flags_of_every_run_are_those_of_the_script_and_differ_within_an_abl
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Two ablations of two seeds of toy runs, below an empty root, all in this process; the list of runs started."""
+    """Two ablations of two seeds of toy runs, in this process; gives the list of runs started."""
     started = []
 
     def execute(arguments):
@@ -119,14 +140,18 @@ def test_runs_are_made_once_and_the_report_is_always_the_same(small, tmp_path, c
     assert {run["total_timesteps"] for run in runs} == {"32"} and len(points) == 8 * 4
     metrics = read_csv(tmp_path / "runs/grpo/mu/mu=2/1/metrics.csv")
     mine = [point for point in points if (point["value"], point["seed"]) == ("mu=2", "1")]
-    assert [float(p["entropy"]) for p in mine] == pytest.approx([float(m["entropy"]) for m in metrics], rel=1e-5)
+    assert [float(p["entropy"]) for p in mine] == pytest.approx(
+        [float(m["entropy"]) for m in metrics], rel=1e-5
+    )
     summary = first["summary.md"].decode()
     assert summary.count("\n## ") == 2 and "![" in summary and "| 32 |" in summary
     for label in ("| mu=1 |", "| mu=2 |", "| grpo |", "| dapo |"):
         assert summary.count(label) == 1
 
 
-def test_an_interrupted_run_goes_on_and_one_with_other_flags_is_refused(small, monkeypatch, tmp_path):
+def test_an_interrupted_run_goes_on_and_one_with_other_flags_is_refused(
+    small, monkeypatch, tmp_path
+):
     real, calls = grpo_toy.update, []
 
     def update(*args):
@@ -135,7 +160,10 @@ def test_an_interrupted_run_goes_on_and_one_with_other_flags_is_refused(small, m
             raise OSError("the disk is full")
         return real(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="1 of 4 runs failed: the disk is full"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="1 of 4 runs failed: the disk is full"),
+    ):
         patch.setattr(grpo_toy, "update", update)
         grpo.main(["--ablations", "aggregation"])
     assert not (tmp_path / "results").exists()
@@ -156,7 +184,9 @@ def test_an_interrupted_run_goes_on_and_one_with_other_flags_is_refused(small, m
 
 def test_a_failed_run_is_named_and_the_others_are_made(small, monkeypatch, tmp_path):
     broken = grpo.ABLATIONS["mu"]
-    monkeypatch.setitem(grpo.ABLATIONS, "mu", broken._replace(values=broken.values | {"mu=0": "--num-iterations 0"}))
+    monkeypatch.setitem(
+        grpo.ABLATIONS, "mu", broken._replace(values=broken.values | {"mu=0": "--num-iterations 0"})
+    )
     with pytest.raises(UserError, match=r"2 of 6 runs failed: --num-iterations must be between 1"):
         grpo.main(["--ablations", "mu"])
     assert len(list(tmp_path.glob("runs/grpo/mu/*/*/summary.json"))) == 4
@@ -164,26 +194,46 @@ def test_a_failed_run_is_named_and_the_others_are_made(small, monkeypatch, tmp_p
 
 def test_outcomes_and_differences_by_hand():
     ablation = grpo.ABLATIONS["aggregation"]._replace(values={"grpo": "", "dapo": ""})
-    lengths = {("grpo", "1"): (9, 4), ("grpo", "2"): (8, 4), ("dapo", "1"): (5, 5), ("dapo", "2"): (4, 4)}
+    lengths = {
+        ("grpo", "1"): (9, 4),
+        ("grpo", "2"): (8, 4),
+        ("dapo", "1"): (5, 5),
+        ("dapo", "2"): (4, 4),
+    }
     points, runs = [], []
     for (value, seed), (wrong, right) in lengths.items():
-        cells = {"completions/mean_wrong_length": str(wrong), "completions/mean_right_length": str(right)}
+        cells = {
+            "completions/mean_wrong_length": str(wrong),
+            "completions/mean_right_length": str(right),
+        }
         cells["frac_right"] = "0.25"
         who = {"value": value, "seed": seed}
-        empty = dict.fromkeys(cells, "") | {"completions/mean_right_length": "99", "frac_right": "0.25"}
+        empty = dict.fromkeys(cells, "") | {
+            "completions/mean_right_length": "99",
+            "frac_right": "0.25",
+        }
         points += [who | {"global_step": "1"} | cells, who | {"global_step": "2"} | empty]
         passes = {f"pass@{k}_{when}": "0.5" for k in "1k" for when in ("before", "after")}
         seconds = {"wall_seconds": "3", "warmup_seconds": "1"}
-        runs.append({"value": value, "seed": seed, "k": "16", "total_timesteps": "9"} | seconds | passes)
+        runs.append(
+            {"value": value, "seed": seed, "k": "16", "total_timesteps": "9"} | seconds | passes
+        )
     wrong_minus_right, *_ = names = list(ablation.outcomes)
     found = grpo.outcome(ablation, points, ablation.outcomes[wrong_minus_right])
-    assert {label: values.tolist() for label, values in found.items()} == {"grpo": [5, 4], "dapo": [0, 0]}
+    assert {label: values.tolist() for label, values in found.items()} == {
+        "grpo": [5, 4],
+        "dapo": [0, 0],
+    }
     first, second = grpo.table(ablation, runs, points)
     difference = f"{wrong_minus_right}: difference from grpo"
     assert first[wrong_minus_right] == "4.500 (4.000 to 5.000)" and first[difference] == ""
     assert second[difference] == "-4.500 (-5.000 to -4.000)"
     assert names[1] == "share of right answers" and second[names[1]] == "0.250 (0.250 to 0.250)"
-    same = grpo.table(ablation, runs, [point | {"value": value} for value in ablation.values for point in points[:4]])
+    same = grpo.table(
+        ablation,
+        runs,
+        [point | {"value": value} for value in ablation.values for point in points[:4]],
+    )
     assert same[1][difference] == "+0.000 (+0.000 to +0.000), no difference seen"
     assert np.isnan(grpo.mean(["", ""])) and grpo.mean(["1", "", "3"]) == 2
 
@@ -191,6 +241,9 @@ def test_outcomes_and_differences_by_hand():
 def test_every_sampled_answer_weighs_the_same():
     ablation = grpo.ABLATIONS["mu"]._replace(values={"mu=2": ""})
     points = [
-        {"value": "mu=2", "seed": "1", "global_step": step, "frac_right": x} for step, x in (("3", "0"), ("4", "1"))
+        {"value": "mu=2", "seed": "1", "global_step": step, "frac_right": x}
+        for step, x in (("3", "0"), ("4", "1"))
     ]
-    assert grpo.outcome(ablation, points, grpo.RIGHT["share of right answers"])["mu=2"].tolist() == [0.25]
+    assert grpo.outcome(ablation, points, grpo.RIGHT["share of right answers"])[
+        "mu=2"
+    ].tolist() == [0.25]

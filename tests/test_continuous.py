@@ -1,23 +1,35 @@
-"""ppo_continuous.py: one agent's mathematics against independent computations, then many agents against one."""
+"""ppo_continuous.py: its mathematics against independent computations, its loop, its folder."""
 
+import csv
 import json
 import math
-from functools import partial
+import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
-import ppo_cartpole
 import ppo_continuous as ppo
-from ppo_continuous import Agent, Args, parse_objective
+from ppo_continuous import Agent, Args, parse_objective, preset
 
 ROOT = Path(__file__).parent.parent
 OBJECTIVES = ("clip:0.2", "kl:1", "adaptive:0.01", "none", "pg")
-SMALL = {"num_steps": 64, "num_minibatches": 4, "update_epochs": 2, "compile": False, "eval_episodes": 1}
+SMALL = {"num_steps": 64, "num_minibatches": 4, "update_epochs": 2}
+SMALL |= {"compile": False, "eval_episodes": 2}
+ONCE = {"update_epochs": 1, "num_minibatches": 1}  # what pg wants
+
+
+def small(**flags) -> Args:
+    return ppo.check_args(Args(**SMALL | flags))
+
+
+def rows(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def text_between(script: str, start: str, end: str) -> str:
@@ -25,431 +37,465 @@ def text_between(script: str, start: str, end: str) -> str:
     return text[text.index(start) : text.index(end, text.index(start))]
 
 
-@pytest.mark.parametrize(
-    ("start", "end"),
-    [
-        ("AROUND THE RUN\n", "# -----"),
-        ("class Objective(", "# -----"),
-        ("def layer_init(", "\n\n\n"),
-        ("def gae(", "\n\n\n"),
-        ("def open_env(", "\n\n\n"),
-        ("def evaluate_run(", "\n\n\n"),
-        ("def main(", "__main__"),
-    ],
-)
-def test_what_both_scripts_share_is_the_same_text(start, end):
-    assert text_between("ppo_cartpole.py", start, end) == text_between("ppo_continuous.py", start, end)
+@pytest.mark.parametrize("script", ["ppo_continuous.py", "ppo_atari.py", "grpo_toy.py"])
+def test_around_the_run_is_the_same_text_in_all_scripts(script):
+    ours = text_between("ppo_cartpole.py", "AROUND THE RUN\n", "    main()\n")
+    theirs = text_between(script, "AROUND THE RUN\n", "    main()\n")
+    assert len(ours) > 5000 and ours == theirs
 
 
-def arguments(**flags) -> Args:
-    args = Args(**SMALL | flags)
-    args.check()
-    args.env_backend = ppo.choose_backend(args)
-    return args
+SHARED = "def layer_init(|def gae(|class Objective(|def ppo_loss(|def total_loss(|def adapt_beta("
 
 
-def recorded(agents: int, rows: int = 64, seed: int = 0) -> dict:
-    """A batch [agents, rows, ...] of a 3-dimensional observation and 2-dimensional actions, some rows resets."""
-    rng = torch.Generator().manual_seed(seed)
-    draw = partial(torch.randn, generator=rng)
-    batch = {"obs": draw(agents, rows, 3), "mean": 0.1 * draw(agents, rows, 2), "log_std": torch.zeros(agents, rows, 2)}
-    batch["actions"] = batch["mean"] + draw(agents, rows, 2)
-    batch |= {name: draw(agents, rows) for name in ("advantages", "values", "returns")}
-    batch["valid"] = (torch.rand(agents, rows, generator=rng) > 0.1).float()
-    return batch | {"log_prob": ppo.gaussian_log_prob(batch["mean"], batch["log_std"], batch["actions"])}
+@pytest.mark.parametrize("script", ["ppo_continuous.py", "ppo_atari.py"])
+@pytest.mark.parametrize("start", [*SHARED.split("|"), "def parse_objective("])
+def test_the_algorithm_is_the_same_text_in_the_ppo_scripts(script, start):
+    ours, theirs = (text_between(name, start, "\n\n\n") for name in ("ppo_cartpole.py", script))
+    assert len(ours) > 100 and ours == theirs
 
 
-def knobs(objectives) -> dict:
-    parsed = [parse_objective(text) for text in objectives]
-    return {name: torch.tensor([getattr(o, name) for o in parsed]) for name in ("log_prob", "epsilon", "beta")}
-
-
-def learned(args: Args, batch: dict) -> dict:
-    """The learners after one update of all agents in eager mode; minibatch order keyed by seed, as in train()."""
-    step = torch.vmap(partial(ppo.gradient_step, Agent(3, 2), args), in_dims=(0, 0, 0, 0, None))
-    rows = batch["obs"].shape[1]
-    orders = []
-    for agent in args.agents:
-        rng = torch.Generator().manual_seed(ppo.stream(agent["seed"], "minibatches"))
-        orders.append(torch.stack([torch.randperm(rows, generator=rng) for _ in range(args.update_epochs)]))
-    objective = knobs([agent["objective"] for agent in args.agents])
-    return ppo.update(step, ppo.new_learners(args, (3, 2)), batch, objective, torch.stack(orders), 3e-3, args)
-
-
-# ------------------------------------------------------------------------------------------------------ mathematics
-def test_gaussian_log_prob_and_kl_are_those_of_torch_distributions():
+# ---------------------------------------------------------------------------------- mathematics
+def test_the_gaussian_is_that_of_torch_distributions():
     mean, old_mean, action = torch.randn(3, 50, 4, dtype=torch.float64)
     log_std, old_log_std = torch.randn(2, 50, 4, dtype=torch.float64)
-    new, old = (Independent(Normal(m, s.exp()), 1) for m, s in ((mean, log_std), (old_mean, old_log_std)))
-    torch.testing.assert_close(ppo.gaussian_log_prob(mean, log_std, action), new.log_prob(action))
-    torch.testing.assert_close(ppo.gaussian_kl(old_mean, old_log_std, mean, log_std), kl_divergence(old, new))
+    new = Independent(Normal(mean, log_std.exp()), 1)
+    old = Independent(Normal(old_mean, old_log_std.exp()), 1)
+    torch.testing.assert_close(ppo.log_prob_of(mean, log_std, action), new.log_prob(action))
+    torch.testing.assert_close(ppo.entropy_of(log_std), new.entropy())
+    kl = ppo.kl_between(old_mean, old_log_std, mean, log_std)
+    torch.testing.assert_close(kl, kl_divergence(old, new))
+
+
+def one_action(ratio: float, advantage: float) -> tuple[nn.Module, dict]:
+    """One action at +1 under N(0, 1). A shift of the mean by x multiplies its density by
+    exp(x - x^2 / 2). Where no shift reaches the ratio, a narrower Gaussian at the action does."""
+    one = torch.ones(1, dtype=torch.float64)
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    shift, log_std = 1.0, 0.5 - math.log(ratio)
+    if ratio < math.exp(0.5):
+        shift, log_std = 1 - math.sqrt(1 - 2 * math.log(ratio)), 0.0
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean = nn.Parameter(zero + shift)
+
+        def policy(self, obs):
+            return self.mean, zero + log_std
+
+        def value(self, obs):
+            return one
+
+    batch = {"obs": zero, "actions": zero + 1, "mean": zero, "log_std": zero, "values": one}
+    batch |= {"returns": one, "advantages": advantage * one}
+    batch["log_prob"] = ppo.log_prob_of(zero, zero, zero + 1)
+    return Fixed(), batch
 
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_policy_loss_and_gradient_in_closed_form(objective, ratio, advantage):
-    """One action at +1 of N(0, 1), whose density a shift of the mean by x multiplies by exp(x - x^2 / 2)."""
-    shift = 1 - math.sqrt(1 - 2 * math.log(ratio)) if ratio < math.exp(0.5) else None
-    log_std = 0.0
-    if shift is None:  # no shift reaches that far: a narrower Gaussian around the action does
-        shift, log_std = 1.0, 0.5 - math.log(ratio)
-    mean = torch.tensor([[shift]], dtype=torch.float64, requires_grad=True)
-    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    batch = {"mean": zero, "log_std": zero, "actions": zero + 1, "valid": one, "values": one, "returns": one}
-    batch |= {"advantages": advantage * one, "log_prob": ppo.gaussian_log_prob(zero, zero, zero + 1)}
-    scalars = {name: x[0] for name, x in knobs([objective]).items()}
-    scalars["beta"] = 3 * scalars["beta"]
-    args = arguments(vf_coef=0.0)
-    loss, metrics = ppo.ppo_loss((mean, zero + log_std, one), batch, scalars, args)
-    (grad,) = torch.autograd.grad(loss, mean)
+def test_loss_and_gradient_in_closed_form(objective, ratio, advantage):
+    agent, batch = one_action(ratio, advantage)
+    terms = ppo.loss_terms(agent, batch, parse_objective(objective), 3.0, Args(vf_coef=0.0))
+    means = {name: term.mean() for name, term in terms.items()}
+    loss = ppo.total_loss(means, Args(vf_coef=0.0))
+    (grad,) = torch.autograd.grad(loss, agent.mean)
+    shift, log_std = agent.mean.item(), agent.policy(None)[1].item()
     kl = log_std + (1 + shift**2) / (2 * math.exp(2 * log_std)) - 0.5
     slope = (1 - shift) / math.exp(2 * log_std)  # of log pi, by the mean
-    outside = (ratio > 1.2 and advantage > 0) or (ratio < 0.8 and advantage < 0)  # where eq. 7 is flat
+    flat = (ratio > 1.2 and advantage > 0) or (ratio < 0.8 and advantage < 0)
     expected, gradient = -ratio * advantage, -ratio * advantage * slope
-    if objective == "clip:0.2" and outside:
+    if objective == "clip:0.2" and flat:
         expected, gradient = -(1.2 if advantage > 0 else 0.8) * advantage, 0.0
     if objective == "pg":
-        expected, gradient = -(batch["log_prob"].item() + math.log(ratio)) * advantage, -advantage * slope
+        expected = -(batch["log_prob"].item() + math.log(ratio)) * advantage
+        gradient = -advantage * slope
     if objective in ("kl:1", "adaptive:0.01"):
-        expected, gradient = expected + 3 * kl, gradient + 3 * shift / math.exp(2 * log_std)
+        expected += 3 * kl
+        gradient += 3 * shift / math.exp(2 * log_std)
     assert loss.item() == pytest.approx(expected)
     assert grad.item() == pytest.approx(gradient, abs=1e-9)
-    assert metrics["kl"].item() == pytest.approx(kl)
-    assert metrics["approx_kl"].item() == pytest.approx(ratio - 1 - math.log(ratio))
-    assert metrics["clipfrac"].item() == (objective == "clip:0.2" and abs(ratio - 1) > 0.2)
+    assert means["kl"].item() == pytest.approx(kl)
+    assert means["approx_kl"].item() == pytest.approx(ratio - 1 - math.log(ratio))
+    assert means["old_approx_kl"].item() == pytest.approx(-math.log(ratio))
+    assert means["clipfrac"].item() == (objective == "clip:0.2" and abs(ratio - 1) > 0.2)
 
 
-def test_a_term_that_an_objective_lacks_cannot_spoil_its_gradient():
-    """The unused KL is infinite where the old spread is; the unused ratio of pg where the log-ratio is large."""
-    batch = {name: x[0] for name, x in recorded(1).items()}
-    mean, log_std = torch.zeros(64, 2, requires_grad=True), torch.zeros(64, 2, requires_grad=True)
-    cases = {"clip:0.2": {"log_std": batch["log_std"] + 50}, "pg": {"log_prob": batch["log_prob"] - 200}}
-    for objective, spoiled in cases.items():
-        scalars = {name: x[0] for name, x in knobs([objective]).items()}
-        loss, metrics = ppo.ppo_loss((mean, log_std, batch["values"]), batch | spoiled, scalars, arguments())
-        assert not (metrics["kl"] if objective == "clip:0.2" else metrics["approx_kl"]).isfinite()
-        assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, (mean, log_std)))
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("logratio", [89.0, 200.0, 1e4, -89.0, -200.0, -1e4])
+def test_far_outside_the_clip_everything_stays_finite(logratio, advantage):
+    log_prob = torch.tensor([logratio], requires_grad=True)
+    one = torch.ones(1)
+    batch = {"log_prob": 0 * one, "advantages": advantage * one, "values": one, "returns": one}
+    clip = parse_objective("clip:0.2")
+    terms = ppo.ppo_loss(log_prob, one, one, one, batch, clip, 0.0, Args())
+    (grad,) = torch.autograd.grad(terms["policy_loss"].mean(), log_prob)
+    assert all(term.isfinite().all() for term in terms.values()) and grad.isfinite().all()
+    if (logratio > 0) == (advantage > 0):
+        assert grad.item() == 0.0
 
 
-def test_running_statistics_are_those_of_all_valid_rows_at_once():
-    rng = np.random.default_rng(0)
-    rows, valid = rng.normal(3, 5, (2, 90, 4)), rng.random((2, 90)) > 0.3
-    stats = ppo.new_stats(arguments(seeds=(1, 2)), (4, 2))["obs"]
-    for part in np.split(np.arange(90), 3):
-        stats = ppo.merge(stats, torch.tensor(rows[:, part]), torch.tensor(valid[:, part]), torch.ones(2) > 0)
-    for agent in range(2):
-        seen = rows[agent][valid[agent]]
-        np.testing.assert_allclose(stats["mean"][agent], seen.mean(0))
-        np.testing.assert_allclose(stats["var"][agent], seen.var(0))
-        assert stats["count"][agent].item() == len(seen)
-    after = ppo.merge(stats, torch.tensor(rows), torch.ones(2, 90), torch.tensor([False, True]))
-    assert torch.equal(after["mean"][0], stats["mean"][0]) and not torch.equal(after["mean"][1], stats["mean"][1])
+def test_running_statistics_are_those_of_all_rows_at_once():
+    data = torch.from_numpy(np.random.default_rng(0).normal(3e6, 5, (90, 4)))
+    stats = ppo.RunningStats(4)
+    for part in data.split([1, 39, 50]):
+        stats.update(part)
+    torch.testing.assert_close(stats.mean, data.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(stats.var, data.var(0, correction=0), rtol=1e-6, atol=0)
+    assert stats.count == 90
 
 
-def test_reset_rows_change_nothing():
-    args, batch = arguments(seeds=(1,)), recorded(1)
-    spoiled = {name: x.clone() for name, x in batch.items()}
-    rows = batch["valid"][0] == 0
-    for name in ("actions", "advantages", "returns", "values"):
-        spoiled[name][0, rows] = 7.0
-    one, other = (learned(args, b)["weights"] for b in (batch, spoiled))
-    assert rows.sum() > 2 and all(torch.equal(one[name], other[name]) for name in one)
+def test_observations_far_from_zero_keep_their_digits():
+    """They are subtracted in float64: float32 has steps of 0.5 around 5 million."""
+    agent = Agent(1, 1, obs_clip=10.0, log_std=0.0)
+    near = torch.linspace(-0.2, 0.2, 9, dtype=torch.float64).unsqueeze(1)
+    seen = []
+    for offset in (0.0, 5_412_345.0):
+        agent.obs_stats = ppo.RunningStats(1)
+        agent.obs_stats.update(near + offset)
+        seen.append(agent.normalise(near + offset))
+    # float64 has steps of 2^-30 at 5 million, some 1e-8 of the deviation
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-5)
+    assert seen[0].std() > 0.9
 
 
-# ------------------------------------------------------------------------------------------------- many against one
-def test_an_agent_in_a_crowd_starts_as_it_would_alone():
-    crowd = arguments(env_id="Hopper-v4", seeds=(1, 2), objectives=("clip:0.2", "kl:1"), env_backend="gymnasium")
-    weights, actors = ppo.new_learners(crowd, (11, 3))["weights"], ppo.start_actors(crowd, 5)
-    for i, agent in enumerate(crowd.agents):
-        alone = arguments(env_id="Hopper-v4", seeds=(agent["seed"],), objectives=(agent["objective"],))
-        for name, x in ppo.new_learners(alone, (11, 3))["weights"].items():
-            assert torch.equal(weights[name][i], x[0])
-        np.testing.assert_array_equal(actors.obs[i], ppo.start_actors(alone, 5).obs[0])
-    assert not np.array_equal(actors.obs[0], actors.obs[1])
+def test_the_scale_of_rewards_is_a_discounted_sum_that_ends_with_the_episode():
+    rewards = np.array([[1.0], [2.0], [4.0], [0.0], [8.0]])
+    ended = np.array([[False], [False], [True], [False], [False]])
+    sums, rest = ppo.discounted_returns(rewards, ended, np.array([16.0]), 0.5)
+    assert sums[:, 0].tolist() == [9.0, 6.5, 7.25, 0.0, 8.0] and rest.tolist() == [8.0]
 
 
-@pytest.mark.parametrize("flags", [{}, {"preset": "paper", "value_clip": 0.2}, {"target_kl": 0.001}])
-def test_an_update_in_a_crowd_is_the_update_alone(flags):
-    crowd = arguments(seeds=(1, 2), objectives=("clip:0.2", "none", "adaptive:0.01"), **flags)
-    batch = recorded(6)
-    together = learned(crowd, batch)
-    for i, agent in enumerate(crowd.agents):
-        alone = arguments(seeds=(agent["seed"],), objectives=(agent["objective"],), **flags)
-        single = learned(alone, {name: x[i : i + 1] for name, x in batch.items()})
-        for name, x in single["weights"].items():
-            torch.testing.assert_close(together["weights"][name][i], x[0], rtol=1e-4, atol=1e-6)
-        assert together["sums"]["steps"][i] == single["sums"]["steps"][0]
+# ----------------------------------------------------------------------------- one policy, played
+def test_what_is_played_fast_is_the_policy_and_a_changed_policy_is_played_slowly():
+    torch.manual_seed(0)
+    agent = Agent(5, 2, obs_clip=3.0, log_std=-0.5)
+    agent.obs_stats.update(2 + 3 * torch.randn(100, 5))
+    obs, noise = 5 * np.random.default_rng(0).normal(size=(50, 5)), np.ones((50, 2), np.float32)
+    fast = ppo.in_numpy(agent)
+    assert "numpy_policy" in fast.__qualname__
+    np.testing.assert_allclose(fast(obs, noise), ppo.act(agent, obs, noise), rtol=1e-4, atol=1e-5)
+
+    class Changed(Agent):
+        def policy(self, obs):
+            mean, log_std = super().policy(obs)
+            return mean, log_std - 1
+
+    agent.__class__ = Changed
+    slow = ppo.in_numpy(agent)
+    assert np.array_equal(slow(obs, noise), ppo.act(agent, obs, noise))
+    assert not np.allclose(slow(obs, noise), fast(obs, noise))
 
 
-def test_the_vmapped_step_is_the_step_of_one_agent():
-    args, batch = arguments(seeds=(3,)), recorded(1)
-    learners, rows = ppo.new_learners(args, (3, 2)), torch.arange(16)
-    objective, model = knobs(["clip:0.2"]), Agent(3, 2)
-    first = torch.utils._pytree.tree_map(lambda x: x[0], (learners, batch, objective))
-    one = ppo.gradient_step(model, args, *first[:2], rows, first[2], torch.tensor(1e-3))
-    step = torch.vmap(partial(ppo.gradient_step, model, args), in_dims=(0, 0, 0, 0, None))
-    all_of_it = step(learners, batch, rows[None], objective, torch.tensor(1e-3))
-    for name, x in one["weights"].items():
-        torch.testing.assert_close(all_of_it["weights"][name][0], x)
-        assert not torch.equal(x, learners["weights"][name][0])
-
-
-def test_adam_and_clipping_are_those_of_torch():
-    args, batch = arguments(seeds=(3,), norm_adv="none", update_epochs=3), recorded(1)
-    batch["valid"][:] = 1
-    got = learned(args, batch)["weights"]
-    torch.manual_seed(ppo.stream(3, "weights"))
-    agent = Agent(3, 2)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=3e-3, eps=1e-5)
-    rng = torch.Generator().manual_seed(ppo.stream(3, "minibatches"))
-    for _ in range(3):
-        for rows in torch.randperm(64, generator=rng).chunk(4):
-            minibatch = {name: x[0, rows] for name, x in batch.items()}
-            objective = {name: x[0] for name, x in knobs(["clip:0.2"]).items()}
-            loss, _ = ppo.ppo_loss(agent(minibatch["obs"]), minibatch, objective, args)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            optimizer.step()
-    for name, x in agent.named_parameters():
-        torch.testing.assert_close(got[name][0], x.detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_a_compiled_update_is_the_eager_one():
-    args, batch = arguments(seeds=(1,), objectives=("clip:0.2", "kl:1")), recorded(2)
-    step = torch.vmap(partial(ppo.gradient_step, Agent(3, 2), args), in_dims=(0, 0, 0, 0, None))
-    rows, objective = torch.arange(32).expand(2, 32).contiguous(), knobs(["clip:0.2", "kl:1"])
-    learners = ppo.new_learners(args, (3, 2))
-    eager, compiled = (f(learners, batch, rows, objective, torch.tensor(1e-3)) for f in (step, torch.compile(step)))
-    torch.testing.assert_close(eager["sums"], compiled["sums"], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(eager["weights"], compiled["weights"], rtol=1e-3, atol=1e-5)
-
-
-def test_a_frozen_agent_keeps_its_last_weights_and_leaves_the_others_untouched():
-    args, batch = arguments(seeds=(1, 2, 3)), recorded(3)
-    good = learned(args, batch)
-    batch["returns"][1, 10] = math.nan
-    bad = learned(args, batch)
-    assert good["alive"].tolist() == [True] * 3 and bad["alive"].tolist() == [True, False, True]
-    for name, x in bad["weights"].items():
-        assert x.isfinite().all()
-        assert torch.equal(x[[0, 2]], good["weights"][name][[0, 2]])
-
-
-# --------------------------------------------------------------------------------------------------------- the loop
-@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
-@pytest.mark.parametrize(("env_id", "terminates"), [("HalfCheetah-v4", False), ("Hopper-v4", True)])
-def test_both_backends_end_episodes_alike(backend, env_id, terminates):
-    args = arguments(env_id=env_id, env_backend=backend, seeds=(1, 2))
-    actors, dims = ppo.start_actors(args, 0), {"HalfCheetah-v4": (17, 6), "Hopper-v4": (11, 3)}[env_id]
-    noise = torch.randn(1005, 2, 1, dims[1], generator=torch.Generator().manual_seed(0))
-    weights, seconds = ppo.new_learners(args, dims)["weights"], {"policy": 0.0, "environment": 0.0}
-    rollout, episodes = ppo.collect(weights, ppo.new_stats(args, dims)["obs"], actors, noise, args, seconds)
-    ended = rollout["terminated"] | rollout["truncated"]
-    assert torch.equal(rollout["valid"][1:], ~ended[:-1]) and rollout["valid"][0].all()
-    assert (rollout["rewards"][~rollout["valid"]] == 0).all() and not ended[~rollout["valid"]].any()
-    assert sum(map(len, episodes)) == ended.sum()
-    if terminates:
-        assert rollout["terminated"].any() and not rollout["truncated"].any()
-    else:
-        assert ended.nonzero().tolist() == [[999, 0, 0], [999, 1, 0]] and not rollout["terminated"].any()
-        assert (rollout["obs"][1001].abs() < 1).all() and (rollout["obs"][1000].abs() > 1).any()  # the reset, the end
-        assert [e[0][2] for e in episodes] == [1000, 1000]
-    total = rollout["rewards"][: episodes[0][0][0] + 1, 0].sum().item()
-    assert episodes[0][0][1] == pytest.approx(total, rel=1e-4)
+def test_no_gradient_hides_in_what_the_policy_gives():
+    agent = Agent(5, 2, obs_clip=3.0, log_std=0.0)
+    with torch.no_grad():
+        mean, log_std = agent.policy(torch.zeros(4, 5).double())
+    assert not mean.requires_grad and not log_std.requires_grad
 
 
 def test_the_raw_action_is_stored_and_the_clipped_one_is_sent(monkeypatch):
-    args, sent, step = arguments(env_id="Pendulum-v1", seeds=(1,)), [], gym.vector.SyncVectorEnv.step
-    monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", lambda self, a: sent.append(a.copy()) or step(self, a))
-    actors = ppo.start_actors(args, 0)
-    weights = ppo.new_learners(args, (3, 1))["weights"]
-    noise = 5 * torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    stats, seconds = ppo.new_stats(args, (3, 1))["obs"], {"policy": 0.0, "environment": 0.0}
-    rollout, _ = ppo.collect(weights, stats, actors, noise, args, seconds)
+    args, sent = small(env_id="Pendulum-v1"), []
+    actors = ppo.Actors(args, 1)
+    actors.restart(0)
+    step = actors.envs.step
+    monkeypatch.setattr(actors.envs, "step", lambda a: sent.append(a.copy()) or step(a))
+    noise = 5 * ppo.draw_noise((64, 1, 1), torch.Generator().manual_seed(0))
+    agent = Agent(3, 1, obs_clip=10.0, log_std=0.0)
+    rollout, _ = ppo.collect(ppo.in_numpy(agent), actors, noise)
     assert rollout["actions"].abs().max() > 4 and np.abs(sent).max() == 2.0
+    raw = ppo.Actors(small(env_id="Pendulum-v1", clip_actions=False), 1)
+    assert raw.high.tolist() == [math.inf]
 
 
 @pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
-def test_a_time_limit_is_bootstrapped_and_the_raw_action_is_scored(backend, tmp_path, monkeypatch):
-    seen, gae, update = {}, ppo.gae, ppo.update
-    monkeypatch.setattr(ppo, "gae", lambda *recorded: seen.setdefault("gae", (recorded, gae(*recorded)))[1])
-    monkeypatch.setattr(ppo, "update", lambda *given: seen.setdefault("given", given) and update(*given))
-    flags = {"num_steps": 1024, "total_timesteps": 1024, "update_epochs": 1, "env_backend": backend}
-    ppo.train(Args(**SMALL | flags, norm_adv="none", scale_rewards=False, run_dir=str(tmp_path / "run")))
-    (rewards, values, _, truncated, *_), advantages = seen["gae"]
-    _, learners, batch, *_ = seen["given"]
-    assert truncated.nonzero().tolist() == [[999, 0, 0]]  # HalfCheetah ends by its time limit alone
-    weights = {name: x[0] for name, x in learners["weights"].items()}
-    final, last = torch.func.functional_call(Agent(17, 6), weights, batch["obs"][0, [1000, 999]])[2]
-    torch.testing.assert_close(values[[1000, 999], 0, 0], torch.stack([final, last]))
-    assert (advantages[999] - (rewards[999] + 0.99 * final - last)).abs() < 1e-4 and rewards[1000] == 0
-    assert batch["valid"][0].tolist() == [row != 1000 for row in range(1024)]
+@pytest.mark.parametrize(("env_id", "terminates"), [("HalfCheetah-v4", False), ("Hopper-v4", True)])
+def test_both_backends_end_episodes_alike(backend, env_id, terminates):
+    args = small(env_id=env_id, env_backend=backend, num_envs=2)
+    actors = ppo.Actors(args, 2)
+    actors.restart(7)
+    width = len(actors.low)
+    agent = Agent(actors.obs.shape[1], width, obs_clip=10.0, log_std=0.0)
+    noise = ppo.draw_noise((1005, 2, width), torch.Generator().manual_seed(0))
+    rollout, episodes = ppo.collect(ppo.in_numpy(agent), actors, noise)
+    ended = rollout["terminated"] | rollout["truncated"]
+    assert torch.equal(rollout["valid"][1:], ~ended[:-1]) and rollout["valid"][0].all()
+    assert (rollout["rewards"][~rollout["valid"]] == 0).all()
+    assert not ended[~rollout["valid"]].any() and len(episodes) == ended.sum()
+    if terminates:
+        assert rollout["terminated"].any() and not rollout["truncated"].any()
+    else:
+        assert ended.nonzero().tolist() == [[999, 0], [999, 1]]
+        assert not rollout["terminated"].any() and [e[2] for e in episodes] == [1000, 1000]
+        assert (rollout["obs"][1001].abs() < 1).all() and (rollout["obs"][1000].abs() > 1).any()
+    row, episode_return, _ = next(e for e in episodes if e[0] % 2 == 0)
+    assert episode_return == pytest.approx(
+        rollout["rewards"][: row // 2 + 1, 0].sum().item(), rel=1e-4
+    )
 
-    actions = batch["actions"][0]
-    mean, log_std, _ = torch.func.functional_call(Agent(17, 6), weights, batch["obs"][0])
-    density = Independent(Normal(mean, log_std.exp()), 1).log_prob(actions)
-    assert actions.abs().max() > 2  # far outside the bounds, which the environment was given
-    torch.testing.assert_close(batch["log_prob"][0], density)  # so the ratio of the first minibatch is 1
+
+# -------------------------------------------------------------------------------------- the loop
+@pytest.mark.parametrize("bootstrap", [True, False])
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+def test_a_time_limit_is_bootstrapped_or_an_end(backend, bootstrap, tmp_path, monkeypatch):
+    seen, gae, update = {}, ppo.gae, ppo.update
+
+    def watched_gae(*given):
+        seen["recorded"], seen["advantages"] = given, gae(*given)
+        return seen["advantages"]
+
+    def watched_update(**given):
+        seen["batch"] = given["batch"]
+        seen["weights"] = {n: x.clone() for n, x in given["agent"].state_dict().items()}
+        return update(**given)
+
+    monkeypatch.setattr(ppo, "gae", watched_gae)
+    monkeypatch.setattr(ppo, "update", watched_update)
+    flags = {"num_steps": 1024, "total_timesteps": 1024, "update_epochs": 1, "norm_adv": "none"}
+    flags |= {"scale_rewards": False, "env_backend": backend, "bootstrap_truncated": bootstrap}
+    ppo.train(Args(**SMALL | flags, run_dir=str(tmp_path / "run")))
+    rewards, values, terminated, truncated, *_ = seen["recorded"]
+    batch = seen["batch"]
+    agent = Agent(17, 6, obs_clip=10.0, log_std=0.0)
+    agent.load_state_dict(seen["weights"])
+    with torch.no_grad():
+        last, final = agent.value(batch["obs"][[999, 1000]])
+        mean, log_std = agent.policy(batch["obs"])
+    assert truncated.nonzero().tolist() == [[999, 0]]  # HalfCheetah has no other end
+    assert terminated.any() == (not bootstrap)
+    torch.testing.assert_close(values[[999, 1000], 0], torch.stack([last, final]))
+    expected = rewards[999] - last + (0.99 * final if bootstrap else 0.0)
+    assert (seen["advantages"][999] - expected).abs() < 1e-4 and rewards[1000] == 0
+    assert batch["valid"].tolist() == [row != 1000 for row in range(1024)]
+    # the raw action is scored, under the new statistics: so the first minibatch has ratio 1
+    assert batch["actions"].abs().max() > 2
+    density = Independent(Normal(mean, log_std.exp()), 1).log_prob(batch["actions"])
+    torch.testing.assert_close(batch["log_prob"], density)
+
+
+def test_a_compiled_gradient_is_the_eager_one_and_one_program(monkeypatch):
+    """Minibatches vary in size, since reset rows are struck out; one program serves them all."""
+    rng = torch.Generator().manual_seed(0)
+    agent = Agent(11, 3, obs_clip=10.0, log_std=0.0)
+    agent.obs_stats.update(torch.randn(100, 11, generator=rng))
+    obs = torch.randn(64, 11, generator=rng).double()
+    with torch.no_grad():
+        mean, log_std = agent.policy(obs)
+        actions = mean + torch.randn(64, 3, generator=rng)
+        log_prob, values = ppo.log_prob_of(mean, log_std, actions), agent.value(obs)
+    batch = {"obs": obs, "actions": actions, "mean": mean, "log_std": log_std}
+    batch |= {"log_prob": log_prob, "values": values}
+    batch |= {name: torch.randn(64, generator=rng) for name in ("advantages", "returns")}
+    compile_ = torch.compile
+
+    def one_graph(function, **options):
+        return compile_(function, fullgraph=True, **options)  # a graph break is an error
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", one_graph)
+    compiled = ppo.compiled(ppo.gradient)
+    for size in (64, 61, 57):
+        part = {name: x[:size] for name, x in batch.items()}
+        results = []
+        for function in (ppo.gradient, compiled):
+            metrics = function(agent, part, parse_objective("kl:1"), torch.tensor(2.0), Args())
+            grads = torch.cat([p.grad.flatten().clone() for p in agent.parameters()])
+            results.append((grads, metrics))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # one more for odd sizes
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    flags = {"env_id": "InvertedPendulum-v4", "seeds": (1, 2), "objectives": ("clip:0.2", "adaptive:0.01")}
-    flags |= {"total_timesteps": 64 * 6, "checkpoint_every": 2}
-    whole, summaries = ppo.train(arguments(**flags, run_dir=str(tmp_path / "whole")))
+    flags = {"env_id": "InvertedPendulum-v4", "objective": "adaptive:0.01", "num_envs": 4}
+    flags |= {"total_timesteps": 256 * 6, "checkpoint_every": 2}
+    _, whole = ppo.train(Args(**SMALL | flags, run_dir=str(tmp_path / "whole")))
     log = ppo.Run.log
 
-    def stop(run, state, *rest):
-        log(run, state, *rest)
-        if state["update"] == 5:
+    def stop(run, update, *rest):
+        log(run, update, *rest)
+        if update == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ppo.Run, "log", stop)
-    with pytest.raises(KeyboardInterrupt):
-        ppo.train(arguments(**flags, run_dir=str(tmp_path / "stopped")))
-    monkeypatch.undo()
-    resumed, again = ppo.train(Args(resume=str(tmp_path / "stopped")))
-    for part in ("weights", "m", "v"):
-        assert all(torch.equal(x, resumed["learners"][part][name]) for name, x in whole["learners"][part].items())
-    assert all(torch.equal(x, resumed["stats"]["obs"][name]) for name, x in whole["stats"]["obs"].items())
-    for name in ("episodes.csv", "metrics.csv"):
-        one, other = ((tmp_path / run / name).read_text().splitlines() for run in ("whole", "stopped"))
-        speed = one[0].split(",").index("charts/SPS") if "charts/SPS" in one[0] else None
-        cut = [[",".join(c for i, c in enumerate(line.split(",")) if i != speed) for line in x] for x in (one, other)]
-        assert cut[0] == cut[1]
-    kept = ("seed", "objective", "transitions", "last_100_return", "eval_return_mean", "diverged_at")
-    assert [[row[k] for k in kept] for row in summaries] == [[row[k] for k in kept] for row in again]
-    assert json.loads((tmp_path / "stopped" / "config.json").read_text())["args"]["env_backend"] == "envpool"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ppo.Run, "log", stop)
+        ppo.train(Args(**SMALL | flags, run_dir=str(tmp_path / "stopped")))
+    _, again = ppo.train(Args(resume=str(tmp_path / "stopped")))
+    clocks = {"wall_seconds": 0, "sps": 0}
+    assert whole | clocks == again | clocks
+    one, other = (ppo.load_checkpoint(tmp_path / x / "checkpoint.pt") for x in ("whole", "stopped"))
+    for part in ("agent", "return_stats"):
+        assert all(torch.equal(x, other[part][name]) for name, x in one[part].items())
+    for i, moments in one["optimizer"]["state"].items():
+        assert all(torch.equal(x, other["optimizer"]["state"][i][n]) for n, x in moments.items())
+    assert (tmp_path / "whole/episodes.csv").read_bytes() == (
+        tmp_path / "stopped/episodes.csv"
+    ).read_bytes()
+    lines = (rows(tmp_path / x / "metrics.csv") for x in ("whole", "stopped"))
+    for mine, theirs in zip(*lines, strict=True):
+        assert mine | {"charts/SPS": ""} == theirs | {"charts/SPS": ""}
+    config = json.loads((tmp_path / "stopped" / "config.json").read_text())
+    assert config["args"]["env_backend"] == "envpool"  # from four environments on
 
 
-def test_a_run_goes_on_and_is_evaluated_where_there_is_no_compiler(tmp_path, monkeypatch, capsys):
-    flags = {"env_id": "Pendulum-v1", "total_timesteps": 256, "checkpoint_every": 1, "compile": True}
-    run, real = str(tmp_path / "run"), ppo.update
-    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
-    monkeypatch.setattr(ppo.shutil, "which", lambda name: f"/usr/bin/{name}")
+def test_a_compiled_run_goes_on_where_there_is_no_compiler(tmp_path, monkeypatch, capsys):
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 192, "checkpoint_every": 1}
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    log = ppo.Run.log
 
-    def train_until(args: Args, updates: int) -> None:
-        calls = []
+    def stop(run, update, *rest):
+        log(run, update, *rest)
+        if update == 2:
+            raise KeyboardInterrupt
 
-        def update(*rest):
-            calls.append(1)
-            if len(calls) > updates:
-                raise KeyboardInterrupt
-            return real(*rest)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(ppo, "update", update)
-            ppo.train(args)
-
-    train_until(arguments(**flags, run_dir=run), 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ppo.Run, "log", stop)
+        ppo.train(Args(**SMALL | flags | {"compile": True}, run_dir=str(tmp_path / "run")))
     monkeypatch.setattr(ppo.shutil, "which", lambda _: None)
-    train_until(Args(resume=run), 1)
-    _, (summary,) = ppo.train(Args(resume=run))
-    assert capsys.readouterr().err.count("note: no C++ compiler") == 2
-    loaded, args = ppo.load_agent(run)
-    assert ppo.evaluate(loaded, args, tmp_path)[0] == pytest.approx([summary["eval_return_mean"]])
-    assert ppo.load_checkpoint(tmp_path / "run/checkpoint.pt")["seconds"]["starts"] == 3  # each compiled anew
+    _, summary = ppo.train(Args(resume=str(tmp_path / "run")))
+    assert summary["total_timesteps"] == 192
+    assert capsys.readouterr().err.count("note: no C++ compiler") == 1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_promised_metric_is_there_and_finite(objective, tmp_path):
+    flags = {"env_id": "Pendulum-v1", "objective": objective, "total_timesteps": 512, "num_envs": 2}
+    flags |= ONCE if objective == "pg" else {}
+    _, summary = ppo.train(Args(**SMALL | flags, run_dir=str(tmp_path / "run")))
+    metrics = rows(tmp_path / "run" / "metrics.csv")
+    losses = "policy_loss value_loss entropy kl approx_kl old_approx_kl clipfrac grad_norm"
+    losses += " kl_after_update explained_variance"
+    promised = [f"losses/{name}" for name in losses.split()]
+    promised += ["charts/SPS", "charts/learning_rate", "charts/beta", "charts/action_std"]
+    assert list(metrics[0])[:4] == ["update", "global_step", "seed", "objective"]
+    assert len(metrics) == 4 and set(promised) <= metrics[0].keys()
+    assert all(math.isfinite(float(row[name])) for row in metrics for name in promised)
+    assert summary["objective"] == objective and math.isfinite(summary["eval_return_mean"])
+
+
+def test_a_loaded_policy_plays_what_the_evaluation_played(tmp_path, monkeypatch, capsys):
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 256}
+    agent, summary = ppo.train(Args(**SMALL | flags, run_dir=str(tmp_path / "run")))
+    policy = ppo.load_policy(str(tmp_path / "run"))
+    env = gym.make("Pendulum-v1")
+    returns = []
+    for episode in range(2):
+        obs, _ = env.reset(seed=2**30 + ppo.stream(1, "evaluation") + episode)
+        total, over = 0.0, False
+        while not over:
+            obs, reward, terminated, truncated, _ = env.step(policy(obs))
+            total, over = total + reward, terminated or truncated
+        returns.append(total)
+    assert np.mean(returns) == pytest.approx(summary["eval_return_mean"], rel=1e-3)
+    batch = np.random.default_rng(0).normal(size=(7, 3)) * 100
+    assert policy(batch).shape == (7, 1) and policy(batch[0]).shape == (1,)
+    samples = ppo.load_policy(str(tmp_path / "run"), sample_actions=True)
+    assert not np.array_equal(samples(batch), policy(batch)) and np.abs(samples(batch)).max() <= 2
+    assert agent.obs_stats.count == 256 - summary["total_timesteps"] + summary["transitions"]
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--evaluate", str(tmp_path / "run"), "--eval-episodes", "2"]
+    )
+    ppo.main()
+    (evaluated,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert evaluated["eval_return_mean"] == summary["eval_return_mean"]
+    assert "greedy actions" in capsys.readouterr().out
 
 
 def test_videos_show_every_episode_that_is_counted(tmp_path):
-    flags = {"env_id": "Pendulum-v1", "seeds": (1, 2), "total_timesteps": 64, "num_envs": 2, "eval_episodes": 2}
-    trained, _ = ppo.train(arguments(**flags, env_backend="gymnasium", run_dir=str(tmp_path / "run")))
-    args = arguments(**flags, env_backend="gymnasium")
-    plain = ppo.evaluate(trained, args, tmp_path)
-    for sampled in (False, True):
-        args.capture_video, args.sample_actions = True, sampled
-        filmed = ppo.evaluate(trained, args, tmp_path / str(sampled))
-        assert np.allclose(filmed, plain, rtol=1e-3) != sampled and np.isfinite(filmed).all()
-        videos = sorted((tmp_path / str(sampled)).rglob("*.mp4"))
-        assert [video.parent.name for video in videos] == ["0-0", "0-1", "1-0", "1-1"]
-        assert all(video.read_bytes()[4:8] == b"ftyp" and video.stat().st_size > 1000 for video in videos)
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 64, "env_backend": "gymnasium"}
+    agent, _ = ppo.train(Args(**SMALL | flags, run_dir=str(tmp_path / "run")))
+    plain = ppo.evaluate(agent, small(**flags), tmp_path)
+    filmed = ppo.evaluate(agent, small(**flags, capture_video=True), tmp_path / "film")
+    assert filmed == plain
+    videos = sorted((tmp_path / "film" / "videos").iterdir())
+    assert [video.suffix for video in videos] == [".mp4", ".mp4"]
+    assert all(video.stat().st_size > 1000 for video in videos)
 
 
-def test_every_metric_of_every_agent_is_there_and_finite(tmp_path):
-    flags = {"env_id": "Pendulum-v1", "objectives": OBJECTIVES, "total_timesteps": 256, "num_envs": 2}
-    _, summaries = ppo.train(arguments(**flags, run_dir=str(tmp_path / "run")))
-    header, *rows = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
-    assert header[:4] == ["update", "global_step", "seed", "objective"] and len(rows) == 2 * 5
-    promised = ["policy_loss", "value_loss", "entropy", "kl", "approx_kl", "old_approx_kl", "clipfrac", "grad_norm"]
-    promised = {f"losses/{name}" for name in [*promised, "kl_after_update", "explained_variance"]}
-    assert promised | {"charts/beta", "charts/action_std", "charts/SPS"} <= set(header)
-    for row in rows:
-        values = dict(zip(header, row, strict=True))
-        assert all(math.isfinite(float(values[name])) for name in header if name.startswith("losses/"))
-    assert [row["objective"] for row in summaries] == list(OBJECTIVES)
-    assert all(math.isfinite(row["eval_return_mean"]) for row in summaries)
-    loaded, args = ppo.load_agent(str(tmp_path / "run"))
-    assert ppo.evaluate(loaded, args, tmp_path)[0] == pytest.approx([summaries[0]["eval_return_mean"]])
+@pytest.mark.parametrize("source", ["rewards", "obs"])
+def test_a_number_that_is_not_finite_stops_the_run(source, tmp_path, monkeypatch):
+    collect = ppo.collect
 
-
-@pytest.mark.parametrize("source", ["obs", "rewards"])
-def test_a_nan_from_one_agents_simulator_stays_with_that_agent(source, tmp_path, monkeypatch, capsys):
-    flags = {"env_id": "Pendulum-v1", "seeds": (1, 2, 3), "total_timesteps": 64 * 3}
-    whole, _ = ppo.train(arguments(**flags, run_dir=str(tmp_path / "whole")))
-    collect, calls = ppo.collect, []
-
-    def spoil(*rest):
-        rollout, episodes = collect(*rest)
-        calls.append(1)
-        if len(calls) == 2:
-            rollout[source][10, 1] = math.nan
+    def spoil(*given):
+        rollout, episodes = collect(*given)
+        rollout[source][10] = math.nan
         return rollout, episodes
 
     monkeypatch.setattr(ppo, "collect", spoil)
-    spoiled, summaries = ppo.train(arguments(**flags, run_dir=str(tmp_path / "spoiled")))
-    for name, x in whole["learners"]["weights"].items():
-        assert torch.equal(x[[0, 2]], spoiled["learners"]["weights"][name][[0, 2]])
-        assert spoiled["learners"]["weights"][name].isfinite().all()
-    for name, x in whole["stats"]["obs"].items():
-        assert torch.equal(x[[0, 2]], spoiled["stats"]["obs"][name][[0, 2]])
-        assert spoiled["stats"]["obs"][name].isfinite().all()
-    assert [row["diverged_at"] for row in summaries] == [None, 128, None]
-    assert f"{source} not finite in update 2: {{'seed': 2, " in capsys.readouterr().err
+    with pytest.raises(ppo.NonFiniteError, match=f"{source} not finite in update 1"):
+        ppo.train(
+            Args(**SMALL, env_id="Pendulum-v1", total_timesteps=64, run_dir=str(tmp_path / "x"))
+        )
+    assert not (tmp_path / "x" / "summary.json").exists()
 
 
-def test_a_lone_agent_that_goes_non_finite_stops_the_run(tmp_path, monkeypatch):
-    scaled = ppo.gae
-    monkeypatch.setattr(ppo, "gae", lambda *rest: scaled(*rest) * math.nan)
-    with pytest.raises(ppo.NonFiniteError, match="loss or gradient not finite in update 1"):
-        ppo.train(arguments(env_id="Pendulum-v1", total_timesteps=64, run_dir=str(tmp_path / "run")))
-    assert not (tmp_path / "run" / "summary.json").exists()
+# ------------------------------------------------------------------------------------- the flags
+def test_presets_are_flags_and_nothing_else():
+    assert preset("modern") == Args() == ppo.parse_args([])
+    paper = preset("paper", env_id="Hopper-v4", gamma=0.9)
+    assert paper == ppo.parse_args(["--preset", "paper", "--env-id", "Hopper-v4", "--gamma", "0.9"])
+    assert paper.norm_adv == "batch" and not paper.bootstrap_truncated and paper.gamma == 0.9
+    assert ppo.parse_args(["--anneal-lr", "--preset=paper"]).anneal_lr
+    with pytest.raises(TypeError, match="preset"):
+        Args(preset="paper")
+    zero = torch.zeros(1)  # Args() is usable as it is
+    batch = {"log_prob": zero, "values": zero, "advantages": zero, "returns": zero}
+    ppo.ppo_loss(zero, zero, zero, zero, batch, parse_objective("none"), 0.0, Args())
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
-        ("--env-id CartPole-v1", "CartPole-v1 takes Discrete(2) actions"),
+        ("--env-id CartPole-v1", "CartPole-v1 takes Discrete(2)"),
         ("--env-id HalfCheeta-v4", "Did you mean: `HalfCheetah`?"),
         ("--env-id HalfCheetah-v44 --env-backend envpool", "did you mean HalfCheetah-v4?"),
-        ("--seeds 1 1", "--seeds needs at least one value, and each only once"),
-        ("--seeds -1", "--seeds must be between 0"),
-        ("--objectives clip:0.2 clip", "'clip' is no objective"),
-        ("--obs-clip 0", "--obs-clip must be positive"),
-        ("--max-grad-norm nan", "--max-grad-norm must be positive"),
+        ("--seed -1", "--seed must be between 0"),
+        ("--seeds 1 2", "--seeds is a flag of benchmark/lockstep.py"),
+        ("--objectives none", "--objectives is a flag of benchmark/lockstep.py"),
+        ("--objective clip", "'clip' is no objective"),
+        ("--objective pg", "--objective pg: eq. 2 can use a batch once only"),
+        ("--obs-clip 0", "--obs-clip must be between"),
+        ("--log-std nan", "--log-std must be between"),
+        ("--max-grad-norm nan", "--max-grad-norm must be between"),
         ("--num-minibatches 33", "does not divide into 33 minibatches"),
-        ("--preset fast", "invalid choice 'fast'"),
         ("--evaluate nowhere", "nowhere is not a run folder"),
-        ("--resume nowhere --seeds 2", "--seeds cannot stand beside --resume"),
+        ("--resume nowhere --seed 2", "--seed cannot stand beside --resume"),
+        ("--resume nowhere --preset paper", "--preset cannot stand beside --resume"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(argv, said, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_refused_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["ppo_continuous.py", *argv.split()])
+    monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", *argv.split()])
     with pytest.raises(SystemExit) as stop:
         ppo.main()
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stop.value.code == 2 and len(lines) == 1 and said in lines[0]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_learns(tmp_path):
-    flags = {"env_id": "InvertedPendulum-v4", "num_envs": 8, "num_steps": 128, "num_minibatches": 16}
-    flags |= {"seeds": (1, 2), "total_timesteps": 60_000, "learning_rate": 1e-3, "eval_episodes": 5, "compile": True}
-    _, summaries = ppo.train(Args(**flags, run_dir=str(tmp_path / "run")))
-    assert all(row["eval_return_mean"] > 500 for row in summaries), [row["eval_return_mean"] for row in summaries]
+@pytest.mark.parametrize("argv", ["--preset fast", "--gama 0.9", "--seed one"])
+def test_a_command_line_that_cannot_be_read_ends_with_code_2(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", *argv.split()])
+    with pytest.raises(SystemExit) as stop:
+        ppo.main()
+    assert stop.value.code == 2 and argv.split()[0] in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_scripts_agree_on_what_an_objective_is():
-    for text in OBJECTIVES:
-        assert tuple(parse_objective(text)) == tuple(ppo_cartpole.parse_objective(text))
+def test_the_folder_of_an_old_crowd_gets_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"script": "ppo_continuous", "args": {"seeds": [1, 2], "objectives": ["none"]}})
+    )
+    with pytest.raises(ppo.UserError, match=r"benchmark/lockstep\.py: .* objectives, seeds$"):
+        ppo.load_run(str(tmp_path))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_it_learns(compiled, tmp_path):
+    flags = {"env_id": "InvertedPendulum-v4", "num_envs": 8, "num_steps": 128}
+    flags |= {"num_minibatches": 16, "total_timesteps": 60_000, "learning_rate": 1e-3}
+    flags |= {"eval_episodes": 5, "compile": compiled}
+    _, summary = ppo.train(Args(**flags, run_dir=str(tmp_path / "run")))
+    assert summary["eval_return_mean"] > 500, summary

@@ -6,16 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from torch.func import functional_call
+from torch.nn.utils import vector_to_parameters
 
 import ppo_cartpole
-import ppo_continuous
-from benchmark import UserError, figure1, figure2, ratchet, read_csv
+from benchmark import UserError, figure1, figure2, lockstep, ratchet, read_csv
 
 PNG = b"\x89PNG"
 
 
-# -------------------------------------------------------------------------------------------------------- FIGURE 1
+# -------------------------------------------------------------------------------------- FIGURE 1
 @pytest.fixture(scope="module")
 def drawn1(tmp_path_factory) -> dict[tuple[float, int], dict]:
     """The rows of figure1.csv by ratio and advantage."""
@@ -38,24 +37,29 @@ def test_figure1_points_are_the_formula(advantage, ratio, drawn1):
     assert float(row["l_cpi"]) == pytest.approx(ratio * advantage, abs=1e-12)
 
 
-# -------------------------------------------------------------------------------------------------------- FIGURE 2
-TOY2 = "--env-id Hopper-v4 --preset paper --objectives clip:0.2 --seeds 3 1 --total-timesteps 128 --num-steps 128 "
-TOY2 += "--num-minibatches 4 --no-compile"
+# -------------------------------------------------------------------------------------- FIGURE 2
+TOY2 = "--env-id Hopper-v4 --preset paper --objectives clip:0.2 --seeds 3 1"
+TOY2 += " --total-timesteps 128 --num-steps 128 --num-minibatches 4 --no-compile"
 
 
 @pytest.fixture(scope="module")
 def drawn2(tmp_path_factory) -> tuple:
-    """The folder that figure2.py wrote at toy size, the flags it ran with and the update that it saw."""
+    """The folder that figure2.py wrote at toy size, the agents' flags, the update that it saw."""
     folder, seen = tmp_path_factory.mktemp("figure2"), []
     first_update = figure2.first_update
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figure2, "RESULTS", folder)
         patch.setattr(figure2, "FLAGS", TOY2)
         patch.setattr(figure2, "ALPHAS", np.linspace(-0.5, 2, 11))
-        patch.setattr(figure2, "first_update", lambda flags: seen.append(first_update(flags)) or seen[0])
+
+        def watched(flags):
+            seen.append(first_update(flags))
+            return seen[0]
+
+        patch.setattr(figure2, "first_update", watched)
         figure2.main([])
-    ((args, _, update),) = seen
-    return folder, args, update
+    ((crowd, _, update),) = seen
+    return folder, crowd, update
 
 
 def curve(folder, alpha: float) -> list[dict]:
@@ -75,47 +79,60 @@ def test_figure2_starts_where_the_update_started(drawn2):
 
 def test_figure2_ends_where_train_says_that_it_ended(drawn2, tmp_path):
     flags = [*TOY2.split(), "--run-dir", str(tmp_path / "run"), "--eval-episodes", "1"]
-    ppo_continuous.train(ppo_continuous.parse_args(ppo_continuous.Args, flags))
-    expected = [float(row["losses/kl_after_update"]) for row in read_csv(tmp_path / "run/metrics.csv")]
+    lockstep.train(*lockstep.parse_args(flags))
+    expected = []
+    for seed in (3, 1):
+        (row,) = read_csv(tmp_path / f"run/clip-0.2__{seed}/metrics.csv")
+        expected.append(float(row["losses/kl_after_update"]))
     assert [row["kl"] for row in curve(drawn2[0], 1)] == pytest.approx(expected, rel=1e-3)
     assert min(expected) > 0
 
 
 def test_figure2_curves_are_the_formulas(drawn2):
-    folder, args, seen = drawn2
-    model = ppo_continuous.Agent(11, 3)
+    folder, crowd, seen = drawn2
     for i, row in enumerate(curve(folder, 1.5)):
-        batch = {name: x[i] for name, x in seen["batch"].items()}
-        weights = {name: old[i] + 1.5 * (seen["new"][name][i] - old[i]) for name, old in seen["old"].items()}
-        mean, log_std, _ = functional_call(model, weights, (batch["obs"],))
-        valid, old = batch["valid"] > 0, torch.distributions.Normal(batch["mean"], batch["log_std"].exp())
-        new, advantages = torch.distributions.Normal(mean, log_std.exp()), batch["advantages"][valid]
-        ratio = (new.log_prob(batch["actions"]) - old.log_prob(batch["actions"])).sum(-1).exp()[valid]
-        assert valid.sum() < args.batch_size and ratio.max() > 1.2 and ratio.min() < 0.8  # else nothing is tested
-        free, clipped = ratio * advantages, ratio.clamp(0.8, 1.2) * advantages
-        expected = {"l_cpi": free.mean(), "clipped": clipped.mean(), "l_clip": torch.min(free, clipped).mean()}
-        expected["kl"] = torch.distributions.kl_divergence(old, new).sum(-1)[valid].mean()
-        expected["furthest_ratio"] = (ratio - 1).abs().max()
-        assert {name: row[name] for name in expected} == pytest.approx(
-            {name: x.item() for name, x in expected.items()}, rel=1e-3, abs=1e-6
-        )
+        agent, batch = seen["agents"][i], seen["batches"][i]
+        valid, actions = batch["valid"], batch["actions"]
+        weights = seen["old"][i] + 1.5 * (seen["new"][i] - seen["old"][i])
+        vector_to_parameters(weights, agent.parameters())
+        with torch.no_grad():
+            mean, log_std = agent.policy(batch["obs"])
+        old = torch.distributions.Normal(batch["mean"], batch["log_std"].exp())
+        new = torch.distributions.Normal(mean, log_std.exp())
+        ratio = (new.log_prob(actions) - old.log_prob(actions)).sum(-1).exp()[valid]
+        # else nothing is tested
+        assert valid.sum() < crowd[i].batch_size and ratio.max() > 1.2 and ratio.min() < 0.8
+        advantages = batch["advantages"][valid]
+        advantages = (advantages - advantages.mean()) / advantages.std()
+        unclipped, clipped = ratio * advantages, ratio.clamp(0.8, 1.2) * advantages
+        expected = {
+            "l_cpi": unclipped.mean(),
+            "clipped": clipped.mean(),
+            "l_clip": torch.min(unclipped, clipped).mean(),
+            "kl": torch.distributions.kl_divergence(old, new).sum(-1)[valid].mean(),
+            "furthest_ratio": (ratio - 1).abs().max(),
+        }
+        for name, x in expected.items():
+            assert row[name] == pytest.approx(x.item(), rel=1e-3, abs=1e-6)
 
 
 def test_figure2_reports_peaks_beside_the_papers(drawn2):
     folder, *_ = drawn2
     assert (folder / "figure2.png").read_bytes().startswith(PNG)
-    lines = [line.strip("| ").split(" | ") for line in (folder / "summary.md").read_text().splitlines() if "|" in line]
+    lines = (folder / "summary.md").read_text().splitlines()
+    lines = [line.strip("| ").split(" | ") for line in lines if "|" in line]
     table = {name: cells for name, *cells in lines}
     rows = [row for row in read_csv(folder / "figure2.csv") if row["seed"] == "3"]
     best = max(rows, key=lambda row: float(row["l_clip"]))
     (kl,) = (float(row["kl"]) for row in rows if float(row["alpha"]) == 1)
     assert table["seed 3"] == [f"{kl:.4f}", best["alpha"], f"{float(best['l_clip']):.4f}"]
     kls = [float(table[f"seed {seed}"][0]) for seed in (1, 3)]
-    assert float(table["mean of the seeds (95% interval)"][0].split()[0]) == pytest.approx(np.mean(kls), abs=1e-4)
+    mean = float(table["mean of the seeds (95% interval)"][0].split()[0])
+    assert mean == pytest.approx(np.mean(kls), abs=1e-4)
     assert table["the paper's curve"] == ["0.0165", "1.066", "0.0343"]
 
 
-# --------------------------------------------------------------------------------------------------------- RATCHET
+# --------------------------------------------------------------------------------------- RATCHET
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """ratchet.py with one experiment of four short runs, of which one is still to be made."""
@@ -126,7 +143,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(ratchet, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(ratchet, "RESULTS", tmp_path / "results")
     for run in (("pg", 1), ("pg", 2), ("clip:0.2", 1)):
-        ppo_cartpole.train(ppo_cartpole.parse_args(ppo_cartpole.Args, ratchet.command("toy", *run)[1:]))
+        ppo_cartpole.train(ppo_cartpole.parse_args(ratchet.command("toy", *run)[1:]))
     return tmp_path
 
 
@@ -145,16 +162,19 @@ def test_ratchet_runs_what_is_missing_and_reports_from_the_csvs_alone(toy):
     assert set(written[0]) == {"runs.csv", "curves.csv", "summary.md", "toy.png"}
 
     runs, points = (read_csv(toy / "results" / name) for name in ("runs.csv", "curves.csv"))
-    assert [(run["objective"], run["seed"]) for run in runs] == [(o, s) for o in ("pg", "clip:0.2") for s in "12"]
+    made = [(run["objective"], run["seed"]) for run in runs]
+    assert made == [("pg", "1"), ("pg", "2"), ("clip:0.2", "1"), ("clip:0.2", "2")]
     assert float(runs[-1]["last_100_return"]) == summary["last_100_return"]
     mine = [point for point in points if (point["objective"], point["seed"]) == ("clip:0.2", "2")]
     assert 2 <= len(mine) <= 200
     for column, (name, _) in ratchet.COLUMNS.items():
-        assert [float(p[name]) for p in mine] == pytest.approx([float(m[column]) for m in metrics], rel=1e-5)
-    assert all(float(p["clipfrac"]) == 0 for p in points if p["objective"] == "pg")  # nothing is clipped
+        told = [float(p[name]) for p in mine]
+        assert told == pytest.approx([float(m[column]) for m in metrics], rel=1e-5)
+    # nothing is clipped
+    assert all(float(p["clipfrac"]) == 0 for p in points if p["objective"] == "pg")
 
     mean = np.mean([float(run["last_100_return"]) for run in runs[2:]])
-    kl = max(float(point["kl_after_update"]) for point in points if point["objective"] == "clip:0.2")
+    kl = max(float(p["kl_after_update"]) for p in points if p["objective"] == "clip:0.2")
     text = (toy / "results/summary.md").read_text()
     assert f"| PPO (clip:0.2) | 2 | {mean:.1f} (" in text and f" | {kl:.2g} | " in text
     assert "--objective pg --update-epochs 1 --num-minibatches 1 --seed S  # S = 1 to 2\n" in text

@@ -1,10 +1,12 @@
-"""benchmark/table1.py: the scores by hand, and small grids that are killed, continued and spread over a Ray cluster."""
+"""benchmark/table1.py: the scores by hand; small grids, killed, continued, on a Ray cluster."""
 
 import contextlib
 import itertools
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,15 +21,8 @@ from benchmark import UserError, read_csv, table1, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["InvertedPendulum-v4", "Reacher-v4"]
-GRID = [
-    "--tasks",
-    *TASKS,
-    "--objectives",
-    "none",
-    "clip:0.2",
-    "--seeds",
-    "1",
-]  # from 4 agents on threads would interfere
+GRID = ["--tasks", *TASKS, "--objectives", "none", "clip:0.2"]
+GRID += ["--seeds", "1"]  # from 4 agents on threads would interfere
 SMALL = ["--no-compile", "--num-steps", "128", "--num-minibatches", "2", "--update-epochs", "1"]
 SMALL += ["--checkpoint-every", "2", "--eval-episodes", "1"]
 TIMING = ("wall_seconds", "sps", "started", "git_commit")
@@ -38,7 +33,12 @@ def flags(updates: int) -> list[str]:
 
 
 def untimed(path: Path) -> list[dict]:
-    return [{name: cell for name, cell in row.items() if name not in TIMING} for row in read_csv(path)]
+    rows = read_csv(path)
+    return [{name: cell for name, cell in row.items() if name not in TIMING} for row in rows]
+
+
+def settings(updates: int) -> list[str]:
+    return table1.common_flags("paper", 128 * updates, SMALL)
 
 
 def wait_for(condition, seconds: float = 90) -> None:
@@ -50,7 +50,10 @@ def wait_for(condition, seconds: float = 90) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """Where GRID has run to its end, undisturbed: folders small/ and runs/small/; look, do not touch."""
+    """Where GRID has run to its end, undisturbed: folders small/ and runs/small/.
+
+    Look, do not touch.
+    """
     path = tmp_path_factory.mktemp("whole")
     with contextlib.chdir(path):
         table1.main(flags(24))
@@ -59,34 +62,39 @@ def whole(tmp_path_factory) -> Path:
 
 def row(task: str, objective: str, seed: int, ret: float | str, **more) -> dict:
     """A row of runs.csv, as the report needs it."""
-    told = {"env_id": task, "objective": objective, "seed": seed, "last_100_return": ret, "diverged_at": ""}
-    told |= {"kl_median": 0.01, "kl_max": 0.5, "wall_seconds": 3600.0, "started": "2026-01-02T03:04:05"}
-    about = dict.fromkeys(("total_timesteps", "python", *table1.PACKAGES, "git_commit", "cpu", "cores"), 1)
-    return told | about | {"command": f"python ppo_continuous.py --env-id {task}"} | more
+    told = {"env_id": task, "objective": objective, "seed": seed}
+    told |= {"last_100_return": ret, "diverged_at": "", "kl_median": 0.01, "kl_max": 0.5}
+    told |= {"wall_seconds": 3600.0, "started": "2026-01-02T03:04:05"}
+    names = ("total_timesteps", "python", *table1.PACKAGES, "git_commit", "cpu", "cores")
+    about = dict.fromkeys(names, "1")
+    return told | about | {"command": f"python benchmark/lockstep.py --env-id {task}"} | more
 
 
 def write_folder(folder: Path, runs: list[dict], untrained: dict[str, tuple[float, float]]) -> Path:
-    """CSVs as table1.py would leave them, with straight learning curves; untrained: uniform, Gaussian by task."""
-    points = [
-        {"env_id": run["env_id"], "objective": run["objective"], "seed": run["seed"], "global_step": step}
-        | {"episodic_return": run["last_100_return"], "kl": 0.01, "beta": 2, "action_std": 1}
-        for run in runs
-        for step in (1000, 2000)
-    ]
-    policies = [
-        {"env_id": task, "policy": policy, "seed": seed, "mean_return": value + shift}
-        for task, values in untrained.items()
-        for policy, value in zip(("uniform", "gaussian"), values, strict=True)
-        for seed, shift in ((1, -1), (2, 1))
-    ]
+    """CSVs as table1.py would leave them, with straight learning curves.
+
+    untrained: uniform, Gaussian by task.
+    """
+    points, policies = [], []
+    for run in runs:
+        for step in (1000, 2000):
+            point = {name: run[name] for name in ("env_id", "objective", "seed")}
+            point |= {"global_step": step, "episodic_return": run["last_100_return"]}
+            points.append(point | {"kl": 0.01, "beta": 2, "action_std": 1})
+    for task, values in untrained.items():
+        for policy, value in zip(("uniform", "gaussian"), values, strict=True):
+            for seed, shift in ((1, -1), (2, 1)):
+                row = {"env_id": task, "policy": policy, "seed": seed}
+                policies.append(row | {"mean_return": value + shift})
     for name, rows in {"runs": runs, "curves": points, "random": policies}.items():
         write_csv(folder / f"{name}.csv", rows)
     return folder
 
 
-# --------------------------------------------------------------------------------------------------------- SCORING
+# --------------------------------------------------------------------------------------- SCORING
 def test_normalisation_puts_random_at_0_and_the_best_at_1():
-    raw = np.array([[[0.0, 10.0], [20.0, 30.0]], [[-100.0, -60.0], [-20.0, -80.0]]])  # [2 tasks, 2 objectives, 2 seeds]
+    # [2 tasks, 2 objectives, 2 seeds]
+    raw = np.array([[[0.0, 10.0], [20.0, 30.0]], [[-100.0, -60.0], [-20.0, -80.0]]])
     zero = np.array([-10.0, -120.0])
     assert np.array_equal(table1.best_returns(raw, "run"), [30, -20])
     assert np.array_equal(table1.best_returns(raw, "objective"), [25, -50])
@@ -105,7 +113,10 @@ def test_bootstrap_resamples_seeds_within_tasks():
     scores = np.array([[[0.0, 3.0, 6.0], [1.0, 1.0, 4.0]], [[10.0, 10.0, 40.0], [0.0, 0.0, 0.0]]])
     draws = table1.resample(scores)
     assert draws.shape == (10_000, 2, 6) and np.array_equal(draws, table1.resample(scores))
-    assert set(np.unique(draws[:, 0, :3])) == {0, 3, 6} and set(np.unique(draws[:, 0, 3:])) == {10, 40}
+    assert set(np.unique(draws[:, 0, :3])) == {0, 3, 6} and set(np.unique(draws[:, 0, 3:])) == {
+        10,
+        40,
+    }
     same_seed = draws[:, 0, :3] == 6  # objectives share the drawn seeds
     assert np.array_equal(draws[:, 1, :3] == 4, same_seed)
     # exactly: all 27 x 27 equally likely resamples of the first objective
@@ -114,15 +125,22 @@ def test_bootstrap_resamples_seeds_within_tasks():
         for a in itertools.product((0, 3, 6), repeat=3)
         for b in itertools.product((10, 10, 40), repeat=3)
     ]
-    assert np.allclose(np.percentile(draws[:, 0].mean(-1), [2.5, 97.5]), np.percentile(means, [2.5, 97.5]), atol=0.5)
+    assert np.allclose(
+        np.percentile(draws[:, 0].mean(-1), [2.5, 97.5]),
+        np.percentile(means, [2.5, 97.5]),
+        atol=0.5,
+    )
     assert np.isclose(draws[:, 0].mean(), np.mean(means), atol=0.15)
 
 
 def test_spearman_shares_ranks_among_equals():
     y = np.array([1.0, 2.0, 3.0, 4.0])
-    assert np.isclose(table1.spearman(np.array([1.0, 3.0, 2.0, 40.0]), y), 0.8)  # 1 - 6 * (1 + 1) / (4 * 15)
+    # 1 - 6 * (1 + 1) / (4 * 15)
+    assert np.isclose(table1.spearman(np.array([1.0, 3.0, 2.0, 40.0]), y), 0.8)
     assert np.allclose(table1.spearman(np.array([[9.0, 8.0, 1.0, 0.0], y, y**3]), y), [-1, 1, 1])
-    assert np.isclose(table1.spearman(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])), np.sqrt(3) / 2)
+    assert np.isclose(
+        table1.spearman(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])), np.sqrt(3) / 2
+    )
 
 
 @pytest.mark.parametrize("ret", [None, "", "nan", "inf"])
@@ -131,11 +149,12 @@ def test_a_missing_run_is_an_error(ret):
     runs = [row(*cell, 5.0) for cell in grid.cells]
     assert table1.raw_returns(runs, grid).tolist() == [[[5, 5], [5, 5]], [[5, 5], [5, 5]]]
     runs[6:7] = [] if ret is None else [row("B-v4", "kl:1", 1, ret)]
-    with pytest.raises(UserError, match=r"^1 of 8 runs are missing or have no return: B-v4 kl:1 1$"):
+    what = r"^1 of 8 runs are missing or have no return: B-v4 kl:1 1$"
+    with pytest.raises(UserError, match=what):
         table1.raw_returns(runs, grid)
 
 
-# ---------------------------------------------------------------------------------------------------------- REPORT
+# ---------------------------------------------------------------------------------------- REPORT
 def test_report_by_hand(tmp_path):
     """Hopper: 100 is 0 and 500 is 1. Reacher: -103.5 is 0 and -16 is 1."""
     returns = {
@@ -146,50 +165,75 @@ def test_report_by_hand(tmp_path):
     }
     runs = [row(*cell, seed, both[seed - 1]) for cell, both in returns.items() for seed in (1, 2)]
     runs[3] |= {"diverged_at": 4096}
-    folder = write_folder(tmp_path / "t", runs, {"Hopper-v4": (20, 100), "Reacher-v4": (-43, -103.5)})
-    args = ["--report", "--results", str(folder), "--tasks", "Hopper", "Reacher", "--seeds", "1", "2"]
-    args += ["--objectives", "none", "clip:0.2"]
+    folder = write_folder(
+        tmp_path / "t", runs, {"Hopper-v4": (20, 100), "Reacher-v4": (-43, -103.5)}
+    )
+    args = ["--report", "--results", str(folder), "--tasks", "Hopper", "Reacher"]
+    args += ["--seeds", "1", "2", "--objectives", "none", "clip:0.2"]
     written = []
     for _ in range(2):
         table1.main(args)
         written.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert written[0] == written[1]
-    assert set(written[0]) == {f"{name}.csv" for name in ("runs", "curves", "random")} | {
-        "summary.md",
-        "scores.md",
-        "learning.md",
-    } | {f"{name}.png" for name in ("scores", "curves", "kl", "learning")}
+    names = "runs.csv curves.csv random.csv summary.md scores.md learning.md"
+    names += " scores.png curves.png kl.png learning.png"
+    assert set(written[0]) == set(names.split())
     text = (folder / "summary.md").read_text()
-    assert (
-        "All 8 runs are in: 2 tasks x 2 objectives x 2 seeds. Of the 231 runs of the paper's Table 1, 8 are here"
-        in text
-    )
+    assert "All 8 runs are in: 2 tasks x 2 objectives x 2 seeds. Of the 231 runs" in text
+    assert "Of the 231 runs of the paper's Table 1, 8 are here" in text
+    assert "6c4213f" not in text  # no command of the time when the script trained crowds
     assert "| `none` | -0.39 | 0.16 [" in text and "| `clip:0.2` | 0.82 | 0.65 [" in text
     best_objective = (260 - 100) / (380 - 100), (500 - 100) / (380 - 100), 17.5 / 52.5, 87.5 / 52.5
     assert f"| `clip:0.2` | 0.82 | 0.65 | {np.mean(best_objective):.2f} | " in text
     assert "| Hopper-v4 | 20.0 | 100 | 500 (`clip:0.2`, seed 2) | 380 (`clip:0.2`) |" in text
     assert "Highest is `clip:0.2`" in text and "Lowest is `none`" in text
-    assert "1 of 8 runs met a number that was not finite" in text and "Hopper-v4 clip:0.2 seed 2 at step 4096" in text
+    assert "1 of 8 runs met a number that was not finite" in text
+    assert "Hopper-v4 clip:0.2 seed 2 at step 4096" in text
     assert "| `clip:0.2` | 380 (260 to 500) | -51.0 (-86.0 to -16.0) |" in text
     assert "| Hopper-v4 | 260 | 500 | 380 | 2,383 ± 272 | 2,741 ± 269 | 2,203 |" in text
-    assert (folder / "scores.md").read_text() in text and (folder / "learning.md").read_text() in text
+    assert (folder / "scores.md").read_text() in text
+    assert (folder / "learning.md").read_text() in text
     assert "Spearman" not in text  # of eleven rows, or none
 
 
 def test_report_of_a_part_says_so(tmp_path):
-    cells = [(task, objective, 1) for task in ("Hopper-v4", "Swimmer-v4") for objective in ("none", "clip:0.2")]
+    cells = [
+        (task, objective, 1)
+        for task in ("Hopper-v4", "Swimmer-v4")
+        for objective in ("none", "clip:0.2")
+    ]
     folder = write_folder(
-        tmp_path / "t", [row(*cell, 1.0 + i) for i, cell in enumerate(cells[:3])], {"Hopper-v4": (0, 0)}
+        tmp_path / "t",
+        [row(*cell, 1.0 + i) for i, cell in enumerate(cells[:3])],
+        {"Hopper-v4": (0, 0)},
     )
-    args = ["--report", "--results", str(folder), "--tasks", "Hopper", "Swimmer", "--seeds", "1", "--objectives"]
+    args = [
+        "--report",
+        "--results",
+        str(folder),
+        "--tasks",
+        "Hopper",
+        "Swimmer",
+        "--seeds",
+        "1",
+        "--objectives",
+    ]
     table1.main([*args, "none", "clip:0.2"])
     text = (folder / "summary.md").read_text()
-    assert "**PARTIAL: 3 of 4 runs are in**" in text and "over the tasks without a gap alone: Hopper-v4." in text
+    assert (
+        "**PARTIAL: 3 of 4 runs are in**" in text
+        and "over the tasks without a gap alone: Hopper-v4." in text
+    )
     assert "averaged over 1 tasks x 1 seeds" in text and "| Swimmer-v4 | 0" not in text
     table1.main([*args, "none", "clip:0.2", "kl:1"])
     text = (folder / "summary.md").read_text()
-    assert "**PARTIAL: 3 of 6 runs are in**" in text and "No scores yet." in text and "## Scores" not in text
-    assert not (folder / "scores.md").exists() and not (folder / "scores.png").exists()  # left from before
+    assert (
+        "**PARTIAL: 3 of 6 runs are in**" in text
+        and "No scores yet." in text
+        and "## Scores" not in text
+    )
+    # left from before
+    assert not (folder / "scores.md").exists() and not (folder / "scores.png").exists()
     table1.main(["--report", "--results", str(folder)])
     assert "**PARTIAL: 3 of 231 runs are in**" in (folder / "summary.md").read_text()
 
@@ -217,26 +261,29 @@ def test_report_refuses_what_is_not_there(tmp_path):
     with pytest.raises(UserError, match="has no run yet"):
         table1.main(["--report", "--results", str(tmp_path)])
     grid = table1.Grid(["Hopper-v4"], ["none", "kl:1"], [1])
-    folder = write_folder(tmp_path / "t", [row(*cell, 1.0) for cell in grid.cells], {"Swimmer-v4": (0, 0)})
+    folder = write_folder(
+        tmp_path / "t", [row(*cell, 1.0) for cell in grid.cells], {"Swimmer-v4": (0, 0)}
+    )
     with pytest.raises(UserError, match=r"random.csv has no gaussian policy for Hopper-v4"):
         table1.report(folder, grid, "paper")
 
 
-# ------------------------------------------------------------------------------------------------------------ RUNS
+# ------------------------------------------------------------------------------------------ RUNS
 def test_only_missing_cells_are_planned():
     grid = table1.Grid(["Hopper-v4", "Swimmer-v4"], ["none", "clip:0.2", "kl:1"], [1, 2])
     done = {("Hopper-v4", "clip:0.2", 1), ("Hopper-v4", "clip:0.2", 2), ("Swimmer-v4", "kl:1", 2)}
     calls = table1.plan(grid, done, ["--preset", "modern"], "runs/x")
     named = [call.flags[-1].removeprefix("runs/x/") for call in calls]
-    assert named == ["Hopper-v4__1-2__none_kl-1", "Swimmer-v4__1-2__none_clip-0.2", "Swimmer-v4__1__kl-1"]
+    assert named == [
+        "Hopper-v4__1-2__none_kl-1",
+        "Swimmer-v4__1-2__none_clip-0.2",
+        "Swimmer-v4__1__kl-1",
+    ]
     assert [call.agents for call in calls] == [4, 4, 1]
-    trained = {
-        (table1.parse(call.flags).env_id, *agent.values())
-        for call in calls
-        for agent in table1.parse(call.flags).agents
-    }
-    assert {(task, objective, seed) for task, seed, objective in trained} == set(grid.cells) - done
-    assert all(table1.parse(call.flags).preset == "modern" for call in calls)
+    crowd = [args for call in calls for args in call.crowd]
+    trained = [(args.env_id, args.objective, args.seed) for args in crowd]
+    assert len(trained) == 9 and set(trained) == set(grid.cells) - done
+    assert all(args.scale_rewards and args.anneal_lr for args in crowd)  # modern
     assert calls == table1.plan(grid, done, ["--preset", "modern"], "runs/x")
     assert table1.plan(grid, set(grid.cells), [], "runs/x") == []
 
@@ -247,37 +294,41 @@ def test_rows_say_what_the_run_folder_says(whole):
     assert [(run["env_id"], run["objective"], run["seed"]) for run in runs] == cells
     for run in runs:
         (folder,) = (whole / "runs/small").glob(f"{run['env_id']}__*/")
-        metrics = [
-            m
-            for m in read_csv(folder / "metrics.csv")
-            if (m["objective"], m["seed"]) == (run["objective"], run["seed"])
-        ]
+        mine = folder / f"{run['objective'].replace(':', '-')}__{run['seed']}"
+        metrics = read_csv(mine / "metrics.csv")
+        (summary,) = json.loads((mine / "summary.json").read_text())
+        assert float(run["sps"]) == 2 * summary["sps"]  # of both agents together
         assert float(run["last_100_return"]) == float(metrics[-1]["charts/episodic_return"])
         kl = [float(m["losses/kl_after_update"]) for m in metrics]
         assert float(run["kl_max"]) == max(kl) and float(run["kl_median"]) == np.median(kl)
-        points = [p for p in curves if [p[name] for name in ("env_id", "objective", "seed")] == list(run.values())[:3]]
-        assert [p["global_step"] for p in points] == [m["global_step"] for m in metrics]  # fewer than 200: all of them
-        told = [(float(p["episodic_return"]), float(p["kl"])) for p in points]
-        wanted = [(float(m["charts/episodic_return"]), float(m["losses/kl_after_update"])) for m in metrics]
-        assert np.allclose(told, wanted, rtol=1e-5)
-        assert run["agents"] == "2" and run["command"].endswith(f"--run-dir runs/small/{folder.name}")
+        points = [p for p in curves if table1.cell_of(p) == table1.cell_of(run)]
+        # fewer than 200: all of them
+        assert [p["global_step"] for p in points] == [m["global_step"] for m in metrics]
+        for name, column in table1.CURVES.items():
+            told = [float(p[name]) for p in points]
+            assert np.allclose(told, [float(m[column]) for m in metrics], rtol=1e-5)
+        assert run["agents"] == "2"
+        script, *words = run["command"].removeprefix("python ").split()
+        assert script == "benchmark/lockstep.py" and words[-1] == f"runs/small/{folder.name}"
+        cells = [(args.objective, args.seed) for args in table1.parse(tuple(words))]
+        assert cells == [("none", 1), ("clip:0.2", 1)]
+        config = json.loads((mine / "config.json").read_text())
+        assert config["args"]["bootstrap_truncated"] and not config["args"]["scale_rewards"]
 
 
 def test_curves_are_thinned_to_200_points(whole, tmp_path, monkeypatch):
-    call = table1.plan(table1.Grid(TASKS[:1], ["none", "clip:0.2"], [1]), set(), settings(24), "runs/small")[0]
+    grid = table1.Grid(TASKS[:1], ["none", "clip:0.2"], [1])
+    (call,) = table1.plan(grid, set(), settings(24), "runs/small")
     monkeypatch.setattr(table1, "POINTS", 10)
     _, points = table1.collect(call._replace(root=str(whole)))
-    steps = [int(point["global_step"]) for point in points if (point["objective"], point["seed"]) == ("none", 1)]
+    steps = [int(point["global_step"]) for point in points if point["objective"] == "none"]
     assert len(steps) == 10 and steps[0] == 128 and steps[-1] == 128 * 24
 
 
-def settings(updates: int) -> list[str]:
-    return ["--preset", "paper", "--total-timesteps", str(128 * updates), *SMALL]
-
-
 def test_untrained_policies_score_as_others_measured(whole):
-    """Reacher: uniform actions -43.0 +- 3.9 (JAT); the untrained Gaussian, not clipped, -88 to -112 (the paper's Figure
-    3). InvertedPendulum: 6.1 +- 3.5 and 9 to 19."""
+    """Reacher: uniform actions -43.0 +- 3.9 (JAT); the untrained Gaussian, not clipped, -88 to -112
+    (the paper's Figure 3). InvertedPendulum: 6.1 +- 3.5 and 9 to 19.
+    """
     rows = read_csv(whole / "small/random.csv")
     told = {(row["env_id"], row["policy"], row["seed"]): float(row["mean_return"]) for row in rows}
     assert len(told) == len(rows) == 4 and all(row["episodes"] == "100" for row in rows)
@@ -290,23 +341,30 @@ def test_untrained_policies_score_as_others_measured(whole):
 def test_every_seed_has_untrained_policies_of_its_own(tmp_path):
     """And keeps them, whoever else is measured."""
     for seeds in ([1], [1, 2, 3]):
-        table1.measure_random(table1.Grid(TASKS[1:], [], seeds), settings(1), tmp_path / "random.csv")
+        grid = table1.Grid(TASKS[1:], [], seeds)
+        table1.measure_random(grid, settings(1), tmp_path / "random.csv")
     both = read_csv(tmp_path / "random.csv")
     table1.measure_random(table1.Grid(TASKS[1:], [], [3]), settings(1), tmp_path / "alone.csv")
-    assert [row["policy"] + row["seed"] for row in both] == [p + s for p in ("uniform", "gaussian") for s in "123"]
+    assert [row["policy"] + row["seed"] for row in both] == [
+        p + s for p in ("uniform", "gaussian") for s in "123"
+    ]
     assert len({row["mean_return"] for row in both}) == 6
     alone = [row["mean_return"] for row in read_csv(tmp_path / "alone.csv")]
     assert alone == [row["mean_return"] for row in both if row["seed"] == "3"]
 
 
 def test_killed_at_a_random_moment_it_ends_with_the_same_files(whole, tmp_path):
-    """SIGKILL strikes the master, while either task is at a random update; its worker must not outlive it."""
+    """SIGKILL strikes the master, while either task is at a random update.
+
+    Its worker must not outlive it.
+    """
     task, update = random.choice(TASKS), random.randrange(2, 20)
-    metrics = tmp_path / f"runs/small/{task}__1__none_clip-0.2/metrics.csv"
+    folder = tmp_path / f"runs/small/{task}__1__none_clip-0.2"
+    metrics = folder / "clip-0.2__1/metrics.csv"
     command = [sys.executable, str(ROOT / "benchmark/table1.py"), *flags(24)]
     quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, **quiet)
-    wait_for(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > 2 * update)
+    wait_for(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > update)
     process.kill()
     process.wait()
     where = f"killed in update {update} of {task}"
@@ -322,12 +380,26 @@ def test_killed_at_a_random_moment_it_ends_with_the_same_files(whole, tmp_path):
     assert subprocess.run(command, **quiet).returncode == 0, where
     for name in ("runs.csv", "curves.csv", "random.csv"):
         assert untimed(tmp_path / "small" / name) == untimed(whole / "small" / name), where
-    log = (tmp_path / f"runs/small/{metrics.parent.name}.log").read_text()
+    log = folder.with_name(f"{folder.name}.log").read_text()
     assert log.count("evaluation") == 2  # of 2 agents, once
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
     with contextlib.chdir(tmp_path):
         table1.main(flags(24))  # all is done: nothing runs
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+
+
+def test_a_crowd_that_was_stopped_at_its_last_files_is_completed(whole, tmp_path):
+    """Killed when only one of its agents had a summary."""
+    shutil.copytree(whole / "runs", tmp_path / "runs")
+    grid = table1.Grid(TASKS[:1], ["none", "clip:0.2"], [1])
+    (call,) = table1.plan(grid, set(), settings(24), "runs/small")
+    expected = table1.collect(call._replace(root=str(whole)))
+    call = call._replace(root=str(tmp_path))
+    (call.folders[1] / "summary.json").unlink()
+    for rows, told in zip(table1.work(call), expected, strict=True):
+        for row, other in zip(rows, told, strict=True):
+            assert row.keys() == other.keys()
+            assert all(row[name] == other[name] for name in row if name not in TIMING)
 
 
 def test_missing_cells_are_filled_in_beside_those_that_are_there(whole, tmp_path, monkeypatch):
@@ -365,12 +437,13 @@ def test_a_worker_that_dies_stops_nobody_else(tmp_path):
 
     table = table1.Table(tmp_path / "small")
     with pytest.raises(UserError, match=r"^1 of 2 calls failed: .*InvertedPendulum.* process died"):
-        table1.run(calls, lambda calls, tick: iter([(first, died), (second, done)]), lambda call: table)
+        both = [(first, died), (second, done)]
+        table1.run(calls, lambda calls, tick: iter(both), lambda call: table)
     assert [run["env_id"] for run in read_csv(tmp_path / "small/runs.csv")] == ["Reacher-v4"]
 
 
 def meet(call, mine, pipe):
-    """In a worker, instead of training: wait for the other one, and tell the cores that there are."""
+    """In a worker, instead of training: wait for the other one, and tell the cores there are."""
 
     def work(call):
         mark = Path(call.root, call.flags[1])
@@ -394,7 +467,8 @@ def test_side_by_side_each_has_its_own_cores(tmp_path):
 
 def test_hours_on_the_clock_count_what_overlaps_once():
     calls = [("2026-01-01T10:00:00", 3600.0), ("2026-01-01T10:30:00", 3600.0)]
-    calls += [("2026-01-02T08:00:00", 1800.0), ("2026-01-01T10:45:00", 60.0), ("2026-01-01T10:00:00", 3600.0)]
+    calls += [("2026-01-02T08:00:00", 1800.0), ("2026-01-01T10:45:00", 60.0)]
+    calls += [("2026-01-01T10:00:00", 3600.0)]
     assert table1.on_the_clock(calls) == 1.5 * 3600 + 1800
 
 
@@ -402,9 +476,9 @@ def test_hours_on_the_clock_count_what_overlaps_once():
     ("more", "complaint"),
     [
         (["--objectives", "nonsense"], "'nonsense' is no objective"),
-        (["--seeds", "-1"], "--seeds must be between 0"),
-        (["--", "--no-such-flag"], "no-such-flag"),
-        (["--tasks", "Nonsense"], "cannot make Nonsense-v4"),
+        (["--seeds", "-1"], "--seed must be between 0"),
+        (["--", "--seed", "1"], "--seed: here it is --seeds"),
+        (["--tasks", "Nonsense"], "cannot make the environment 'Nonsense-v4'"),
         (["--preset", "ancient"], "invalid choice: 'ancient'"),
         (["--total-timesteps", "0"], "at least 1"),
         (["--engine", "ray", "--jobs", "2"], "--jobs is for this machine alone"),
@@ -415,6 +489,44 @@ def test_bad_flags_are_refused_in_one_line(more, complaint, tmp_path, monkeypatc
     with pytest.raises(UserError, match=complaint):
         table1.main(["--results", "small", *more])
     assert not list(tmp_path.rglob("*.csv")) and not (tmp_path / "runs").exists()
+
+
+def test_flags_that_do_not_exist_get_the_box_of_the_script(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        table1.main(["--results", "small", "--", "--no-such-flag"])
+    assert stop.value.code == 2 and "no-such-flag" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.csv")) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("preset", table1.OBJECTIVES)
+def test_the_committed_table_lacks_nothing_and_cannot_go_on_under_another_meaning(
+    preset, tmp_path, monkeypatch
+):
+    """Its commands say `--preset paper`, which bootstrapped at that time."""
+    monkeypatch.chdir(tmp_path)
+    folder = "table1" if preset == "paper" else f"table1-{preset}"
+    shutil.copytree(ROOT / "benchmark/results" / folder, tmp_path / "mine")
+    planned = []
+    monkeypatch.setattr(table1, "run", lambda calls, *_: planned.extend(calls))
+    monkeypatch.setattr(table1, "report", lambda *_: None)
+    flags = ["--preset", preset, "--results", "mine"]
+    table1.main(flags)
+    assert planned == []
+    table1.main([*flags, "--seeds", "1", "2", "3", "4", "--tasks", "Hopper"])
+    assert all(args.bootstrap_truncated for call in planned for args in call.crowd)
+    assert {args.seed for call in planned for args in call.crowd} == {4}
+    with pytest.raises(UserError, match="holds runs of other settings"):
+        table1.main([*flags, "--", "--no-bootstrap-truncated"])
+    table = table1.Table(tmp_path / "mine")
+    bare = ["--preset", preset, "--total-timesteps", "1000000"]
+    if preset == "paper":  # in today's meaning
+        with pytest.raises(UserError, match="holds runs of other settings"):
+            table.check(bare)
+    table.runs[0]["command"] = f"python benchmark/lockstep.py {' '.join(bare)} --run-dir x"
+    if preset == "paper":
+        with pytest.raises(UserError, match="holds runs of other settings"):
+            table.check(table1.common_flags(preset, 1_000_000, []))
 
 
 def test_results_of_other_settings_are_left_alone(whole, monkeypatch):
@@ -428,7 +540,8 @@ def test_results_of_other_settings_are_left_alone(whole, monkeypatch):
 def test_a_run_folder_of_other_flags_is_refused(whole):
     grid = table1.Grid(TASKS[:1], ["none", "clip:0.2"], [1])
     (call,) = table1.plan(grid, set(), settings(25), "runs/small")
-    with pytest.raises(UserError, match="ran with total_timesteps 3072 instead of 3200; remove the folder"):
+    what = "ran with total_timesteps 3072 instead of 3200; remove the folder"
+    with pytest.raises(UserError, match=what):
         table1.work(call._replace(root=str(whole)))
 
 
@@ -443,7 +556,7 @@ def test_two_at_once_are_refused(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------------- RAY
+# ------------------------------------------------------------------------------------------- RAY
 def test_ray_gives_the_same_files_though_a_machine_dies(whole, tmp_path, monkeypatch):
     """A cluster of two machines with a task on each; one is shut off in the middle of its task."""
     pytest.importorskip("ray", reason="Ray is optional: pip install -r requirements-ray.txt")
@@ -455,12 +568,17 @@ def test_ray_gives_the_same_files_though_a_machine_dies(whole, tmp_path, monkeyp
         nodes = [cluster.add_node(num_cpus=1) for _ in TASKS]
         cluster.wait_for_nodes()
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        metrics = [tmp_path / f"runs/small/{task}__1__none_clip-0.2/metrics.csv" for task in TASKS]
+        folders = [tmp_path / f"runs/small/{task}__1__none_clip-0.2" for task in TASKS]
+        agents = [folder / "clip-0.2__1" for folder in folders]
         unfinished = []
 
+        def at_work(agent: Path) -> bool:
+            path = agent / "metrics.csv"
+            return path.exists() and len(path.read_bytes().splitlines()) > 4
+
         def shut_off():
-            wait_for(lambda: any(path.exists() and len(path.read_bytes().splitlines()) > 8 for path in metrics))
-            unfinished.extend(path for path in metrics if not path.with_name("summary.json").exists())
+            wait_for(lambda: any(map(at_work, agents)))
+            unfinished.extend(agent for agent in agents if not (agent / "summary.json").exists())
             cluster.remove_node(nodes[0], allow_graceful=False)
 
         thread = threading.Thread(target=shut_off)
@@ -469,6 +587,7 @@ def test_ray_gives_the_same_files_though_a_machine_dies(whole, tmp_path, monkeyp
         thread.join()
     finally:
         cluster.shutdown()
-    assert len(unfinished) == 2 and not nodes[0].any_processes_alive()  # both were at work, and one no longer is
+    # both were at work, and one no longer is
+    assert len(unfinished) == 2 and not nodes[0].any_processes_alive()
     for name in ("runs.csv", "curves.csv", "random.csv"):
         assert untimed(tmp_path / "small" / name) == untimed(whole / "small" / name)

@@ -1,0 +1,663 @@
+"""Many agents of ppo_continuous.py side by side, for far less than the price of as many runs.
+
+    python benchmark/lockstep.py --env-id Hopper-v4 --seeds 1 2 3 --objectives none clip:0.2 kl:1
+    python benchmark/lockstep.py --preset paper --seeds 1 2 3 --run-dir runs/mine
+    python benchmark/lockstep.py --resume runs/mine
+
+trains an agent for every pair of seed and objective. All other flags are ppo_continuous.py's. Below
+the run folder, every agent has the folder that the script would have made, such as clip-0.2__1, so
+that `ppo_continuous.py --evaluate`, load_policy() and benchmark/plot.py need not know where it
+comes from.
+
+Agent, loss, advantages, normalisation and random streams are the script's own functions. This file
+adds the axis of agents, A, and writes again only what that axis forces: the loss of a minibatch in
+which reset rows weigh 0, the gradient's norm and an Adam step for each agent (gradient_step), and
+what happens when one of them meets a number that is not finite (it is frozen). Every random stream
+of an agent is keyed by its seed alone. So an agent starts with the same bits alone and in a crowd,
+and agents of one seed share weights, noise, minibatch order and environments: their objectives can
+be compared in pairs.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ppo_continuous as ppo
+from ppo_continuous import Actors, Agent, Args, NonFiniteError, Objective, RunningStats, UserError
+
+Batch = dict[str, Tensor]
+KINDS = {"clip": "clip", "none": "clip", "kl": "kl", "adaptive": "kl", "pg": "pg"}
+
+
+def crowd_args(args: Args, seeds: list[int], objectives: list[str]) -> list[Args]:
+    """The flags of every agent: those of the script, with a seed and an objective.
+
+    Raises UserError for flags that make no sense.
+    """
+    for name, values in (("seeds", seeds), ("objectives", objectives)):
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"--{name} needs at least one value, and each only once")
+    actors = args.num_envs * len(seeds) * len(objectives)
+    args = replace(args, env_backend=ppo.choose_backend(args, actors))
+    crowd = []
+    for objective in objectives:
+        for seed in seeds:
+            crowd.append(ppo.check_args(replace(args, seed=seed, objective=objective)))
+    if len(crowd) * args.batch_size > 10**8:
+        raise UserError(f"{len(crowd)} batches of {args.batch_size} steps are too large")
+    return crowd
+
+
+# ------------------------------------------------------------------------------ THE GRADIENT STEP
+class LossTerms(nn.Module):
+    """The script's loss_terms() as a module, which is what functional_call() wants."""
+
+    def __init__(self, agent: Agent, args: Args):
+        super().__init__()
+        self.agent = agent
+        self.args = args
+
+    def forward(self, minibatch: Batch, objective: Objective, beta: Tensor) -> Batch:
+        return ppo.loss_terms(self.agent, minibatch, objective, beta, self.args)
+
+
+def mean_of(x: Tensor, valid: Tensor) -> Tensor:
+    """The mean of x [B] over its transitions; reset rows do not count, whatever is in them."""
+    return torch.where(valid, x, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def standardise(x: Tensor, valid: Tensor) -> Tensor:
+    """The script's standardise() of x [B], over its transitions."""
+    x = x - mean_of(x, valid)
+    variance = torch.where(valid, x.square(), 0.0).sum() / (valid.sum() - 1).clamp(min=1)
+    return x / (variance.sqrt() + 1e-8)
+
+
+def gradient_step(
+    terms: LossTerms,
+    kind: str,
+    learner: dict,
+    buffers: Batch,
+    batch: Batch,
+    rows: Tensor,
+    epsilon: Tensor,
+    beta: Tensor,
+    lr: Tensor,
+) -> dict:
+    """A minibatch step of ONE agent: the script's gradient(), then Adam (Kingma and Ba 2015).
+
+    learner: weights; Adam's m, v and step count t; sums of the metrics over the steps taken;
+    active: whether to take this step; finite: whether all numbers were so far. A step that is not
+    taken, or is not finite, changes nothing.
+    """
+    args = terms.args
+    minibatch = {name: x[rows] for name, x in batch.items()}
+    valid = minibatch["valid"]
+    if args.norm_adv == "minibatch":
+        minibatch["advantages"] = standardise(minibatch["advantages"], valid)
+    objective = Objective(kind, epsilon=epsilon)
+
+    def loss(weights):  # no annotation: torch.compile would run it, and stop there
+        each = functional_call(terms, (weights, buffers), (minibatch, objective, beta))
+        means = {name: mean_of(term, valid) for name, term in each.items()}
+        return ppo.total_loss(means, args), means
+
+    gradient, metrics = torch.func.grad(loss, has_aux=True)(learner["weights"])
+    norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
+    metrics["grad_norm"] = norm
+    finite = torch.stack([norm, metrics["policy_loss"], metrics["value_loss"]]).isfinite().all()
+    wanted = learner["active"] & (valid.sum() > 1)
+    taken = wanted & finite
+
+    shrink = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+    t = learner["t"] + 1
+    new = {"weights": {}, "m": {}, "v": {}, "sums": {}}
+    for name, g in gradient.items():
+        g = g * shrink
+        new["m"][name] = 0.9 * learner["m"][name] + 0.1 * g
+        new["v"][name] = 0.999 * learner["v"][name] + 0.001 * g.square()
+        spread = (new["v"][name] / (1 - 0.999**t)).sqrt() + 1e-5
+        step = lr * new["m"][name] / (1 - 0.9**t) / spread
+        new["weights"][name] = learner["weights"][name] - step
+    metrics["steps"] = torch.ones_like(norm)
+    for name, total in learner["sums"].items():
+        new["sums"][name] = total + metrics[name]
+
+    # the order of names is that of `learner`, or torch.compile would take it for another program
+    result = {}
+    for part in ("weights", "m", "v"):
+        old = learner[part]
+        result[part] = {name: torch.where(taken, new[part][name], old[name]) for name in old}
+    result["t"] = torch.where(taken, t, learner["t"])
+    result["active"] = learner["active"] & (finite | ~wanted)
+    result["finite"] = learner["finite"] & (finite | ~wanted)
+    sums = learner["sums"]
+    result["sums"] = {name: torch.where(taken, new["sums"][name], sums[name]) for name in sums}
+    return result
+
+
+def make_steps(agents: list[Agent], crowd: list[Args], compiling: bool) -> dict[str, Callable]:
+    """gradient_step() of all agents of a kind of objective, a function for each kind there is.
+
+    Grouped by kind, the branches of ppo_loss are Python's, as in the script, and no term of one
+    kind can spoil the gradient of another. (`none` is `clip` with epsilon = inf.)
+    """
+    terms = LossTerms(agents[0], crowd[0])  # lends its structure; the weights are given
+    steps = {}
+    for kind in dict.fromkeys(kind_of(args) for args in crowd):
+        step = torch.vmap(partial(gradient_step, terms, kind), in_dims=(0,) * 6 + (None,))
+        steps[kind] = torch.compile(step, dynamic=False, fullgraph=True) if compiling else step
+    return steps
+
+
+def kind_of(args: Args) -> str:
+    return KINDS[ppo.parse_objective(args.objective).kind]
+
+
+# ------------------------------------------------------------------------------------- THE UPDATE
+def stack(parts: list[Batch]) -> Batch:
+    """A list of A dicts -> a dict of stacked tensors [A, ...]"""
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def named_weights(agent: Agent) -> Batch:
+    """Weights by the names that LossTerms gives them."""
+    return {f"agent.{name}": weight.detach() for name, weight in agent.named_parameters()}
+
+
+def named_moments(agent: Agent, optimizer: torch.optim.Adam, moment: str) -> Batch:
+    """Adam's exp_avg or exp_avg_sq of every weight; zeros before the first step."""
+    moments = {}
+    for name, weight in agent.named_parameters():
+        state = optimizer.state[weight]
+        moments[f"agent.{name}"] = state.get(moment, torch.zeros_like(weight))
+    return moments
+
+
+def steps_taken(agent: Agent, optimizer: torch.optim.Adam) -> Tensor:
+    """How many steps an agent's Adam has taken."""
+    state = optimizer.state[agent.log_std]
+    return state.get("step", torch.tensor(0.0))
+
+
+def put_back(agent: Agent, optimizer: torch.optim.Adam, learner: dict, i: int) -> None:
+    """Agent i of the stacked `learner` into the agent's and the optimiser's own tensors."""
+    with torch.no_grad():
+        for name, weight in agent.named_parameters():
+            weight.copy_(learner["weights"][f"agent.{name}"][i])
+            optimizer.state[weight] = {
+                "step": learner["t"][i].clone(),
+                "exp_avg": learner["m"][f"agent.{name}"][i].clone(),
+                "exp_avg_sq": learner["v"][f"agent.{name}"][i].clone(),
+            }
+
+
+def update(
+    steps: dict[str, Callable],
+    agents: list[Agent],
+    optimizers: list[torch.optim.Adam],
+    batches: list[Batch],
+    betas: list[float],
+    alive: list[bool],
+    crowd: list[Args],
+    orders: list[Tensor],
+    lr: float,
+) -> tuple[list[dict], list[bool]]:
+    """The script's update() for every agent that is alive. Returns their metrics, and who still is.
+
+    batches: for each agent what the script's update() takes. orders: for each [K, B], the order of
+    its rows in every epoch.
+    """
+    metrics, alive = [{} for _ in agents], list(alive)
+    if crowd[0].norm_adv == "batch":
+        for batch in batches:
+            valid = batch["valid"]
+            advantages = torch.zeros_like(batch["advantages"])
+            advantages[valid] = ppo.standardise(batch["advantages"][valid])
+            batch["advantages"] = advantages
+    for kind, step in steps.items():
+        members = [i for i, args in enumerate(crowd) if kind_of(args) == kind]
+        pairs = [(agents[i], optimizers[i]) for i in members]
+        learner = {
+            "weights": stack([named_weights(agent) for agent, _ in pairs]),
+            "m": stack([named_moments(*pair, "exp_avg") for pair in pairs]),
+            "v": stack([named_moments(*pair, "exp_avg_sq") for pair in pairs]),
+            "t": torch.stack([steps_taken(*pair) for pair in pairs]),
+            "active": torch.tensor([alive[i] for i in members]),
+            "finite": torch.tensor([alive[i] for i in members]),
+            "sums": zero_sums(agents[0], batches[0], crowd[0], len(members)),
+        }
+        epsilons = [ppo.parse_objective(crowd[i].objective).epsilon for i in members]
+        learner = update_group(
+            step=step,
+            learner=learner,
+            buffers=stack([dict(LossTerms(agent, crowd[0]).named_buffers()) for agent, _ in pairs]),
+            batch=stack([batches[i] for i in members]),
+            orders=torch.stack([orders[i] for i in members]),
+            epsilon=torch.tensor(epsilons),
+            beta=torch.tensor([betas[i] for i in members]),
+            lr=torch.tensor(lr),
+            args=crowd[0],
+        )
+        for place, i in enumerate(members):
+            put_back(agents[i], optimizers[i], learner, place)
+            alive[i] = bool(learner["finite"][place])
+            for name, total in learner["sums"].items():
+                if name != "steps":
+                    metrics[i][name] = (total[place] / learner["sums"]["steps"][place]).item()
+            metrics[i] |= ppo.batch_metrics(agents[i], batches[i])
+    return metrics, alive
+
+
+def zero_sums(agent: Agent, batch: Batch, args: Args, agents: int) -> Batch:
+    """Where the metrics of the steps are added up, [A] each: every name that loss_terms() gives."""
+    two_rows = {name: x[:2] for name, x in batch.items()}
+    with torch.no_grad():
+        terms = ppo.loss_terms(agent, two_rows, Objective("none"), 0.0, args)
+    return {name: torch.zeros(agents) for name in (*terms, "grad_norm", "steps")}
+
+
+def update_group(step, learner, buffers, batch, orders, epsilon, beta, lr, args) -> dict:
+    """K epochs of minibatch steps of the agents of a kind, [A, ...] each; the new learner."""
+    for epoch in range(args.update_epochs):
+        before = learner["sums"]
+        for rows in orders[:, epoch].chunk(args.num_minibatches, 1):
+            learner = step(learner, buffers, batch, rows.contiguous(), epsilon, beta, lr)
+        if args.target_kl is not None:
+            steps = learner["sums"]["steps"] - before["steps"]
+            approx_kl = (learner["sums"]["approx_kl"] - before["approx_kl"]) / steps
+            learner["active"] = learner["active"] & (approx_kl <= args.target_kl)
+            if not learner["active"].any():
+                break
+    return learner
+
+
+# ------------------------------------------------------------------------------------ THE ROLLOUT
+def crowd_policy(agents: list[Agent], check: bool = False) -> Callable:
+    """All agents' act() as one function of obs [A * N, D] and noise [A * N, U], in NumPy.
+
+    With `check`, raises UserError where an agent's own act() plays otherwise, as it does after a
+    change of Agent.policy: then ppo.numpy_policy must be changed alike.
+    """
+    weights = []
+    for same in zip(*(agent.actor.parameters() for agent in agents), strict=True):
+        weights.append(torch.stack(same).detach().cpu().numpy())  # [A, U, D] or [A, U]
+    weights = [x if x.ndim == 3 else x[:, np.newaxis] for x in weights]
+    mean = torch.stack([agent.obs_stats.mean for agent in agents]).cpu().numpy()[:, np.newaxis]
+    std = torch.stack([agent.obs_stats.std for agent in agents]).cpu().numpy()[:, np.newaxis]
+    spread = torch.stack([agent.log_std.detach().exp() for agent in agents]).cpu().numpy()
+    fast = ppo.numpy_policy(weights, mean, std, agents[0].obs_clip, spread[:, np.newaxis])
+    if check:
+        trial = ppo.trial_obs(mean.shape[-1], agents[0].obs_clip)
+        obs = mean + trial * std
+        for i, agent in enumerate(agents):
+            exact = ppo.act(agent, obs[i], 1.0)
+            if not np.allclose(fast(obs, 1.0)[i], exact, rtol=1e-4, atol=1e-5):
+                raise UserError("ppo.numpy_policy does not play Agent.policy; change both alike")
+
+    def play(obs: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        obs = obs.reshape(len(agents), -1, obs.shape[-1])
+        noise = noise.reshape(len(agents), -1, noise.shape[-1])
+        return fast(obs, noise).reshape(-1, noise.shape[-1])
+
+    return play
+
+
+def split(x: Tensor, agents: int) -> list[Tensor]:
+    """[T, A * N, ...] -> A times [T, N, ...]"""
+    return list(x.unflatten(1, (agents, -1)).unbind(1))
+
+
+def make_batches(
+    agents: list[Agent],
+    return_stats: list[RunningStats],
+    actors: Actors,
+    rollout: Batch,
+    alive: list[bool],
+    args: Args,
+) -> list[Batch]:
+    """What the script's train() makes of a rollout under ADVANTAGES, for every agent.
+
+    Agents that are not alive keep their statistics; what they are given means nothing.
+    """
+    count = len(agents)
+    ended = rollout["terminated"] | rollout["truncated"]
+    valid = split(rollout["valid"], count)
+    rewards = split(rollout["rewards"], count)
+    if args.scale_rewards:
+        sums, actors.discounted = ppo.discounted_returns(
+            rollout["rewards"].numpy(), ended.numpy(), actors.discounted, args.gamma
+        )
+        sums = split(torch.from_numpy(sums), count)
+        for i in range(count):
+            if alive[i]:
+                return_stats[i].update(sums[i][valid[i]].unsqueeze(-1))
+            rewards[i] = (rewards[i] / return_stats[i].std).clamp(-10, 10).float()
+    terminated = rollout["terminated"]
+    if not args.bootstrap_truncated:
+        terminated = ended
+
+    obs = split(rollout["obs"].to(args.device), count)
+    batches, values = [], []
+    with torch.no_grad():
+        for i, agent in enumerate(agents):
+            if alive[i]:
+                agent.obs_stats.update(obs[i][:-1][valid[i]])
+            mean, log_std = agent.policy(obs[i][:-1])
+            actions = split(rollout["actions"], count)[i].to(args.device)
+            values.append(agent.value(obs[i]))
+            batches.append(
+                {
+                    "obs": obs[i][:-1],
+                    "actions": actions,
+                    "mean": mean,
+                    "log_std": log_std,
+                    "log_prob": ppo.log_prob_of(mean, log_std, actions),
+                    "values": values[i][:-1],
+                    "valid": valid[i].to(args.device),
+                }
+            )
+    advantages = ppo.gae(
+        torch.cat(rewards, 1),
+        torch.cat(values, 1).cpu(),
+        terminated,
+        rollout["truncated"],
+        args.gamma,
+        args.gae_lambda,
+    )
+    for batch, mine in zip(batches, split(advantages.to(args.device), count), strict=True):
+        batch["advantages"] = mine
+        batch["returns"] = mine + batch["values"]
+    return [{name: x.flatten(0, 1) for name, x in batch.items()} for batch in batches]
+
+
+# --------------------------------------------------------------------------------------- TRAINING
+class AgentRun(ppo.Run):
+    """The run folder of one agent; the crowd has the progress bar."""
+
+    hide_bar = True
+
+
+def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
+    """Algorithm 1 for all agents, then the evaluation. Returns the summaries of the agents.
+
+    args.seed and args.objective count for nothing. Raises UserError for bad input, and
+    NonFiniteError when no agent is alive any more.
+    """
+    saved = None
+    if args.resume is not None:
+        args, seeds, objectives, saved = load_crowd(args.resume)
+    crowd = crowd_args(args, seeds, objectives)
+    args = crowd[0]
+    count = len(crowd)
+    actors = Actors(args, args.num_envs * count)
+    ppo.space_checkpoints(args, actors.envs.spec.max_episode_steps)
+    when = time.strftime("%Y%m%d-%H%M%S")
+    name = re.sub("[/:]", "-", f"{args.env_id}__lockstep__{when}-{os.getpid()}")
+    folder = Path(args.run_dir or f"runs/{name}")
+    if args.resume is None:
+        make_folder(folder, args, seeds, objectives)
+    states, parts, runs = [], [], []
+    for i, mine in enumerate(crowd):
+        path = folder / agent_name(mine)
+        if saved is None:
+            shutil.rmtree(path, ignore_errors=True)  # begun, and stopped before a checkpoint
+        resume = str(path) if saved else None
+        flags = {"run_dir": str(path), "resume": resume, "checkpoint_every": args.checkpoint_every}
+        mine = replace(mine, **flags)
+        mine_saved = saved["agents"][i] if saved else None
+        state, mine_parts = ppo.begin(mine, actors, mine_saved)
+        who = {"seed": mine.seed, "objective": mine.objective}
+        states.append(state)
+        parts.append(mine_parts)
+        runs.append(AgentRun(mine, {"env_id": mine.env_id}, who, mine_saved))
+    if saved is not None:
+        save_crowd(folder, args, saved["agents"])  # files of agents may be older, or missing
+    agents = [mine["agent"] for mine in parts]
+    steps = make_steps(agents, crowd, compiling=args.compile and ppo.has_compiler())
+    threads = cores() if count >= 4 else 1  # the steps of few agents are too small to share
+    done = states[0]["updates"]
+    total = args.num_updates * args.batch_size * count
+    bar = tqdm(total=total, initial=done * args.batch_size * count, unit_scale=True, disable=None)
+    bar.set_description(f"{args.env_id} x{count}")
+
+    for iteration in range(done, args.num_updates):
+        # ROLLOUT
+        torch.set_num_threads(1)  # here and in the script: bits depend on it
+        if iteration % args.checkpoint_every == 0:
+            seeds_now = []
+            for mine in crowd:
+                first = ppo.stream(mine.seed, "environments", iteration)
+                seeds_now += range(first, first + args.num_envs)
+            actors.restart(seeds_now)
+        shape = (args.num_steps, args.num_envs, len(actors.low))
+        noise = [ppo.draw_noise(shape, mine["action_rng"]) for mine in parts]
+        play = crowd_policy(agents, check=iteration == done)
+        rollout, episodes = ppo.collect(play, actors, np.concatenate(noise, 1))
+        if iteration == done:
+            for i, agent in enumerate(agents):
+                mine = {name: split(rollout[name], count)[i] for name in ("obs", "actions")}
+                ppo.check_played(agent, mine, noise[i])
+
+        # ADVANTAGES
+        torch.set_num_threads(threads)
+        alive = [state["diverged_at"] is None for state in states]
+        broken = find_broken(rollout, count)
+        for name in ("obs", "rewards"):
+            rollout[name] = rollout[name].nan_to_num(0.0, 0.0, 0.0)  # no NaN in anybody's kernels
+        alive = [alive[i] and i not in broken for i in range(count)]
+        return_stats = [mine["return_stats"] for mine in parts]
+        batches = make_batches(agents, return_stats, actors, rollout, alive, args)
+
+        # UPDATE
+        lr = args.learning_rate
+        if args.anneal_lr:
+            lr = lr * (1 - iteration / args.num_updates)
+        orders = []
+        for mine in parts:
+            order = [torch.randperm(args.batch_size, generator=mine["minibatch_rng"])
+                     for _ in range(args.update_epochs)]  # fmt: skip
+            orders.append(torch.stack(order).to(args.device))
+        metrics, alive = update(
+            steps=steps,
+            agents=agents,
+            optimizers=[mine["optimizer"] for mine in parts],
+            batches=batches,
+            betas=[state["beta"] for state in states],
+            alive=alive,
+            crowd=crowd,
+            orders=orders,
+            lr=lr,
+        )
+
+        # LOG
+        bar.update(args.batch_size * count)
+        finished = [[] for _ in crowd]
+        for row, episode_return, length in episodes:
+            t, column = divmod(row, args.num_envs * count)
+            i, actor = divmod(column, args.num_envs)
+            finished[i].append((t * args.num_envs + actor, episode_return, length))
+        for i, state in enumerate(states):
+            beta = state["beta"]
+            std = agents[i].log_std.detach().exp().mean().item()
+            charts = {"learning_rate": lr, "beta": beta, "action_std": std}
+            state["updates"] += 1
+            state["transitions"] += int(batches[i]["valid"].sum())
+            if not alive[i]:
+                metrics[i] = dict.fromkeys(metrics[i])  # empty cells
+                if state["diverged_at"] is None:
+                    state["diverged_at"] = state["updates"] * args.batch_size
+                    what = f"{broken.get(i, 'loss or gradient')} not finite in update"
+                    tqdm.write(f"{what} {state['updates']}: {agent_name(crowd[i])} is frozen")
+            elif crowd[i].objective.startswith("adaptive"):
+                objective = ppo.parse_objective(crowd[i].objective)
+                state["beta"] = ppo.adapt_beta(beta, metrics[i]["kl_after_update"], objective)
+            runs[i].log(state["updates"], finished[i], charts, metrics[i])
+        if not any(alive):
+            raise NonFiniteError(f"no agent is finite after update {iteration + 1}")
+        if (iteration + 1) % args.checkpoint_every == 0 or iteration + 1 == args.num_updates:
+            each = zip(runs, states, parts, strict=True)
+            save_crowd(folder, args, [run.checkpoint(*mine) for run, *mine in each])
+    actors.envs.close()
+    bar.close()
+    returns = evaluate(agents, crowd, folder)
+    return [run.finish(*rest) for run, *rest in zip(runs, states, returns, strict=True)]
+
+
+def find_broken(rollout: Batch, count: int) -> dict[int, str]:
+    """Agents whose environments gave a number that is not finite -> where."""
+    broken = {}
+    for name in ("rewards", "obs"):
+        for i, x in enumerate(split(rollout[name], count)):
+            if not x.isfinite().all():
+                broken[i] = name
+    return broken
+
+
+def evaluate(agents: list[Agent], crowd: list[Args], folder: Path) -> list[list[float]]:
+    """The script's evaluate() for every agent, on the same seeds: A lists of returns.
+
+    All episodes run side by side, unless they are filmed. With --sample-actions the noise is
+    another than in the script, which plays them one after another.
+    """
+    args = crowd[0]
+    if args.capture_video:
+        both = zip(agents, crowd, strict=True)
+        return [ppo.evaluate(agent, mine, folder / agent_name(mine)) for agent, mine in both]
+    firsts = [2**30 + ppo.stream(mine.seed, "evaluation") for mine in crowd]
+    rng = [torch.Generator().manual_seed(first) for first in firsts]
+    actors = Actors(args, args.eval_episodes * len(crowd))
+    actors.restart([first + i for first in firsts for i in range(args.eval_episodes)])
+    play = crowd_policy(agents)
+    noise = np.zeros((actors.num_envs, len(actors.low)), np.float32)
+    returns = {}
+    for _ in range(100_000):
+        if args.sample_actions:
+            shape = (args.eval_episodes, len(actors.low))
+            noise = np.concatenate([ppo.draw_noise(shape, generator) for generator in rng])
+        *_, ended = actors.step(play(actors.obs, noise))
+        for i, episode_return, _ in ended:
+            returns.setdefault(i, episode_return)
+        if len(returns) == actors.num_envs:
+            break
+    actors.envs.close()
+    flat = [returns.get(i, float(actors.returns[i])) for i in range(actors.num_envs)]
+    return np.reshape(flat, (len(crowd), -1)).tolist()
+
+
+# ----------------------------------------------------------------------------- FLAGS AND FOLDERS
+SCRIPT = "benchmark/lockstep"  # what config.json and the checkpoint of a crowd are signed with
+
+
+def cores() -> int:
+    """CPU cores that this process may use: the machine's, or fewer under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def agent_name(args: Args) -> str:
+    """The folder of an agent: clip-0.2__1"""
+    return f"{args.objective.replace(':', '-')}__{args.seed}"
+
+
+def flags_of(args: Args) -> dict:
+    """What config.json says of the flags that all agents share."""
+    own = {"run_dir", "resume", "seed", "objective"}
+    return json.loads(json.dumps({k: x for k, x in asdict(args).items() if k not in own}))
+
+
+def make_folder(folder: Path, args: Args, seeds: list[int], objectives: list[str]) -> None:
+    """A new folder with config.json in it. Raises UserError where it is not new."""
+    config = {
+        "script": SCRIPT,
+        "args": flags_of(args),
+        "seeds": list(seeds),
+        "objectives": list(objectives),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            what = f"choose another --run-dir, or --resume {folder}"
+            raise UserError(f"{folder} is not empty; {what}")
+        ppo.write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+    except OSError as reason:
+        where = reason.filename or folder
+        raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
+
+
+def load_crowd(run_dir: str) -> tuple[Args, list[int], list[str], dict | None]:
+    """Flags, seeds, objectives and the checkpoint, if any, of a crowd. Raises UserError."""
+    path = Path(run_dir)
+    try:
+        config = json.loads((path / "config.json").read_text())
+        script, flags = config["script"], config["args"]
+        saved = None
+        if (path / "checkpoint.pt").exists():
+            saved = ppo.load_checkpoint(path / "checkpoint.pt", SCRIPT)
+        if script == SCRIPT:
+            args = Args(**flags, run_dir=run_dir, resume=run_dir)
+            seeds, objectives = config["seeds"], config["objectives"]
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise UserError(f"{run_dir} is not a run folder that can be read: {reason}") from reason
+    if script != SCRIPT:
+        raise UserError(f"{run_dir} is a run of {script}.py; go on with it there")
+    if saved is not None and saved["args"] != flags:
+        raise UserError(f"{path}/config.json has changed since the checkpoint; undo the change")
+    return args, seeds, objectives, saved
+
+
+def save_crowd(folder: Path, args: Args, saved: list[dict]) -> None:
+    """Checkpoints: that of the crowd, whole, then the files of the agents, which derive from it."""
+    crowd = {"script": SCRIPT, "args": flags_of(args), "agents": saved}
+    ppo.save_checkpoint(folder / "checkpoint.pt", crowd)
+    for mine in saved:
+        name = agent_name(Args(**mine["args"]))
+        ppo.save_checkpoint(folder / name / "checkpoint.pt", mine)
+
+
+def parse_args(argv: list[str]) -> tuple[Args, list[int], list[str]]:
+    """The command line: flags of ppo_continuous.py, --seeds and --objectives. Raises UserError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=None)
+    parser.add_argument("--objectives", nargs="+", default=None)
+    crowd, rest = parser.parse_known_args(argv)
+    if "--help" in rest or "-h" in rest:
+        print(__doc__)
+        print(
+            "--seeds INT [INT ...] (default: 1)  --objectives STR [STR ...] (default: clip:0.2)\n"
+        )
+    for word in rest:
+        flag = word.partition("=")[0]
+        if flag in ("--seed", "--objective"):
+            raise UserError(f"{flag}: here it is {flag}s, followed by one or more")
+        if flag == "--evaluate":
+            raise UserError("--evaluate: python ppo_continuous.py --evaluate FOLDER_OF_AN_AGENT")
+    args = ppo.parse_args(rest)
+    if args.resume is not None and (crowd.seeds or crowd.objectives):
+        raise UserError(
+            "--seeds and --objectives cannot stand beside --resume: config.json decides"
+        )
+    return args, crowd.seeds or [1], crowd.objectives or ["clip:0.2"]
+
+
+def command(argv: list[str]) -> None:
+    train(*parse_args(argv))
+
+
+if __name__ == "__main__":
+    ppo.main(command)
