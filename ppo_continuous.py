@@ -670,12 +670,12 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
     100,000 steps is cut there.
     """
     seed = 2**30 + stream(args.seed, "evaluation")
-    rng = torch.Generator().manual_seed(seed)
     actors = Actors(args, 1, run_path / "videos" if args.capture_video else None)
     noise, shape = 0.0, (1, len(actors.low))
     returns = []
     for episode in range(args.eval_episodes):
         actors.restart(seed + episode)
+        rng = torch.Generator().manual_seed(seed + episode)
         ended = []
         while not ended and actors.lengths[0] < 100_000:
             if args.sample_actions:

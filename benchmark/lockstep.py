@@ -19,6 +19,7 @@ be compared in pairs.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -225,6 +226,7 @@ def update(
     """
     metrics, alive = [{} for _ in agents], list(alive)
     if crowd[0].norm_adv == "batch":
+        batches = [dict(batch) for batch in batches]
         for batch in batches:
             valid = batch["valid"]
             advantages = torch.zeros_like(batch["advantages"])
@@ -393,6 +395,17 @@ class AgentRun(ppo.Run):
     hide_bar = True
 
 
+@contextlib.contextmanager
+def threads_restored():
+    """Sets Torch's number of threads back at the end, after an error or an interrupt too."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@threads_restored()
 def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     """Algorithm 1 for all agents, then the evaluation. Returns the summaries of the agents.
 
@@ -412,6 +425,7 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     folder = Path(args.run_dir or f"runs/{name}")
     if args.resume is None:
         make_folder(folder, args, seeds, objectives)
+    torch.set_num_threads(1)  # as in the script: the bits of weights and rollouts depend on it
     states, parts, runs = [], [], []
     for i, mine in enumerate(crowd):
         path = folder / agent_name(mine)
@@ -438,7 +452,7 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
 
     for iteration in range(done, args.num_updates):
         # ROLLOUT
-        torch.set_num_threads(1)  # here and in the script: bits depend on it
+        torch.set_num_threads(1)
         if iteration % args.checkpoint_every == 0:
             seeds_now = []
             for mine in crowd:
@@ -532,32 +546,42 @@ def find_broken(rollout: Batch, count: int) -> dict[int, str]:
 def evaluate(agents: list[Agent], crowd: list[Args], folder: Path) -> list[list[float]]:
     """The script's evaluate() for every agent, on the same seeds: A lists of returns.
 
-    All episodes run side by side, unless they are filmed. With --sample-actions the noise is
-    another than in the script, which plays them one after another.
+    Many episodes run side by side, unless they are filmed.
     """
     args = crowd[0]
     if args.capture_video:
         both = zip(agents, crowd, strict=True)
         return [ppo.evaluate(agent, mine, folder / agent_name(mine)) for agent, mine in both]
     firsts = [2**30 + ppo.stream(mine.seed, "evaluation") for mine in crowd]
-    rng = [torch.Generator().manual_seed(first) for first in firsts]
-    actors = Actors(args, args.eval_episodes * len(crowd))
-    actors.restart([first + i for first in firsts for i in range(args.eval_episodes)])
+    together = min(args.eval_episodes, max(1, 128 // len(crowd)))  # a simulator takes over 1 MB
+    actors = Actors(args, together * len(crowd))
     play = crowd_policy(agents)
+    returns = [[] for _ in crowd]
+    for start in range(0, args.eval_episodes, together):
+        seeds = [first + start + i for first in firsts for i in range(together)]
+        played = play_once(play, actors, seeds, args.sample_actions)
+        for i, mine in enumerate(returns):
+            mine += played[i * together : (i + 1) * together]
+    actors.envs.close()
+    return [mine[: args.eval_episodes] for mine in returns]
+
+
+def play_once(play: Callable, actors: Actors, seeds: list[int], sample: bool) -> list[float]:
+    """The return of an episode of every actor, on its seed, or of its first 100,000 steps."""
+    actors.restart(seeds)
+    rng = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (1, len(actors.low))
     noise = np.zeros((actors.num_envs, len(actors.low)), np.float32)
     returns = {}
     for _ in range(100_000):
-        if args.sample_actions:
-            shape = (args.eval_episodes, len(actors.low))
+        if sample:
             noise = np.concatenate([ppo.draw_noise(shape, generator) for generator in rng])
         *_, ended = actors.step(play(actors.obs, noise))
         for i, episode_return, _ in ended:
             returns.setdefault(i, episode_return)
         if len(returns) == actors.num_envs:
             break
-    actors.envs.close()
-    flat = [returns.get(i, float(actors.returns[i])) for i in range(actors.num_envs)]
-    return np.reshape(flat, (len(crowd), -1)).tolist()
+    return [returns.get(i, float(actors.returns[i])) for i in range(actors.num_envs)]
 
 
 # ----------------------------------------------------------------------------- FLAGS AND FOLDERS

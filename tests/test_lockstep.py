@@ -30,6 +30,21 @@ SMALL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in main() of the script: the bits of orthogonal weights depend on the number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_training_leaves_the_number_of_threads_as_it_was(tmp_path):
+    torch.set_num_threads(2)
+    train(tmp_path / "run", total_timesteps=64)
+    assert torch.get_num_threads() == 2
+
+
 def crowd_of(seeds=SEEDS, objectives=OBJECTIVES, **flags) -> list[Args]:
     return lockstep.crowd_args(Args(**SMALL | flags), seeds, objectives)
 
