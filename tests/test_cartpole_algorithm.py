@@ -686,7 +686,8 @@ def test_in_a_notebook(tmp_path):
             train(args)
         args.num_minibatches = 4
         agent, summary = train(args)
-        assert torch.get_num_threads() == 2 and gc.get_freeze_count() == frozen
+        assert torch.get_num_threads() == 2
+        assert gc.get_freeze_count() <= frozen  # less where something frozen earlier has died
     finally:
         torch.set_num_threads(threads)
     assert isinstance(agent, Agent) and summary["total_timesteps"] == 512
