@@ -355,21 +355,21 @@ def make_batches(
         terminated = ended
 
     obs = split(rollout["obs"].to(args.device), count)
+    actions = split(rollout["actions"].to(args.device), count)
     batches, values = [], []
     with torch.no_grad():
         for i, agent in enumerate(agents):
             if alive[i]:
                 agent.obs_stats.update(obs[i][:-1][valid[i]])
             mean, log_std = agent.policy(obs[i][:-1])
-            actions = split(rollout["actions"], count)[i].to(args.device)
             values.append(agent.value(obs[i]))
             batches.append(
                 {
                     "obs": obs[i][:-1],
-                    "actions": actions,
+                    "actions": actions[i],
                     "mean": mean,
                     "log_std": log_std,
-                    "log_prob": ppo.log_prob_of(mean, log_std, actions),
+                    "log_prob": ppo.log_prob_of(mean, log_std, actions[i]),
                     "values": values[i][:-1],
                     "valid": valid[i].to(args.device),
                 }
@@ -464,9 +464,9 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
         play = crowd_policy(agents, check=iteration == done)
         rollout, episodes = ppo.collect(play, actors, np.concatenate(noise, 1))
         if iteration == done:
+            obs, actions = split(rollout["obs"], count), split(rollout["actions"], count)
             for i, agent in enumerate(agents):
-                mine = {name: split(rollout[name], count)[i] for name in ("obs", "actions")}
-                ppo.check_played(agent, mine, noise[i])
+                ppo.check_played(agent, {"obs": obs[i], "actions": actions[i]}, noise[i])
 
         # ADVANTAGES
         torch.set_num_threads(threads)
