@@ -310,7 +310,8 @@ def main(argv: list[str]) -> None:
     folder = args.results / args.task
     if not args.report:
         grid = Grid([args.task], OBJECTIVES, sorted({*args.seeds}))
-        settings = table1.common_flags("paper", args.total_timesteps, args.flags)
+        flags = ["--bootstrap-truncated", *args.flags]  # as the committed runs were made
+        settings = table1.common_flags("paper", args.total_timesteps, flags)
         complete(args.suspects, grid, settings, folder, args.jobs)
     report(args.task, folder)
     print(folder / "summary.md")

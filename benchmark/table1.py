@@ -1,19 +1,23 @@
-"""The paper's Table 1, all 231 runs of it: 7 MuJoCo tasks x 11 objectives x 3 seeds, 1M steps each.
+"""The paper's Table 1 with ten seeds: 7 MuJoCo tasks x 11 objectives x 10 seeds, 1M steps each.
 
-    python benchmark/table1.py                    # what is missing: an afternoon on two cores
+    python benchmark/table1.py                    # what is missing: ten hours or so on two cores
     python benchmark/table1.py --report           # the report alone, from the CSVs
     python benchmark/table1.py --preset modern    # four objectives, with today's usual details
-    python benchmark/table1.py --tasks Hopper Swimmer --objectives none clip:0.2 --seeds 1 2 3 4 5
+    python benchmark/table1.py --tasks Hopper Swimmer --objectives none clip:0.2 --seeds 1 2
     python benchmark/table1.py --engine ray       # on a Ray cluster; see requirements-ray.txt
     python benchmark/table1.py -- --device cuda   # what follows -- goes to lockstep.py as it is
 
-The unit is the cell: one task, objective and seed, a row of runs.csv. All cells of a task that are
-missing there are trained by one process of benchmark/lockstep.py, side by side; its run folder is
-under runs/. There is one such process on each core. Whatever stops this command, even a power cut,
-the same command goes on from the last checkpoint and ends with the same numbers.
+The unit is the cell: one task, objective and seed, a row of runs.csv. Cells of a task that are
+missing there are trained side by side by one process of benchmark/lockstep.py, at most three seeds
+of each objective; its run folder is under runs/. There is one such process on each core. Whatever
+stops this command, even a power cut, the same command goes on from the last checkpoint and ends
+with the same numbers.
 
-For now every run of the preset `paper` is given --bootstrap-truncated too: so were the committed
-ones made, when that was still the meaning of `--preset paper`, and no table may hold both.
+In the preset `paper` a time limit is an end. 231 runs with exact bootstrapping instead, made when
+`--preset paper` still meant that, are a table of their own:
+
+    python benchmark/table1.py --report --results benchmark/results/table1-bootstrapped \
+        --seeds 1 2 3 -- --bootstrap-truncated
 
 Results are benchmark/results/table1/, or table1-modern/: runs.csv, curves.csv and random.csv (what
 the policies score that have learned nothing); from these alone the report makes summary.md and the
@@ -31,6 +35,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -77,8 +82,10 @@ OBJECTIVES = {
     "paper": [row["objective"] for row in PAPER],
     "modern": ["none", "clip:0.2", "kl:1", "adaptive:0.01"],
 }
+SEEDS = {"paper": range(1, 11), "modern": range(1, 4)}
 PACKAGES = ("torch", "numpy", "gymnasium", "envpool")
 POINTS = 200  # of a run in curves.csv
+TOGETHER = 3  # seeds of an objective in one process; more would take over an hour
 SUMMARY = ["total_timesteps", "transitions", "last_100_return"]  # from summary.json to runs.csv
 SUMMARY += ["eval_return_mean", "eval_return_std", "eval_episodes", "diverged_at"]
 CURVES = {  # columns of curves.csv -> of metrics.csv
@@ -209,6 +216,7 @@ def collect(call: Call) -> tuple[list[dict], list[dict]]:
             kl = [float(cell) for cell in kl if cell]  # empty: of an agent that is frozen
             row["kl_median"] = np.median(kl).item() if kl else None
             row["kl_max"] = max(kl, default=None)
+            row["bootstrap_truncated"] = str(args.bootstrap_truncated)
             row["agents"] = call.agents
             row["wall_seconds"] = summary["wall_seconds"]
             row["sps"] = summary["sps"] * call.agents  # of all agents together
@@ -340,10 +348,7 @@ def environment(task: str) -> list[str]:
 
 def common_flags(preset: str, total_timesteps: int, more: list[str]) -> list[str]:
     """The flags of every run, as its command in runs.csv shows them before --run-dir."""
-    flags = ["--preset", preset]
-    if preset == "paper":
-        flags += ["--bootstrap-truncated"]  # as the committed runs were made; see above
-    return [*flags, "--total-timesteps", str(total_timesteps), *more]
+    return ["--preset", preset, "--total-timesteps", str(total_timesteps), *more]
 
 
 def is_earlier(row: dict) -> bool:
@@ -364,10 +369,10 @@ class Grid(NamedTuple):
 
 
 def plan(grid: Grid, done: set, settings: list[str], runs: str) -> list[Call]:
-    """The calls for all cells of the grid that are not `done`.
+    """The calls for all cells of the grid that are not `done`, those of the first seeds first.
 
-    Per task one for each set of missing seeds. The same missing cells give the same call, with the
-    same folder.
+    Per task one for each set of missing seeds, of at most TOGETHER. The same missing cells give the
+    same call, with the same folder.
     """
     calls = []
     for task in grid.tasks:
@@ -376,12 +381,12 @@ def plan(grid: Grid, done: set, settings: list[str], runs: str) -> list[Call]:
             missing = tuple(seed for seed in grid.seeds if (task, objective, seed) not in done)
             groups.setdefault(missing, []).append(objective)
         for missing, mine in groups.items():
-            if missing:
-                seeds = [str(seed) for seed in missing]
+            for start in range(0, len(missing), TOGETHER):
+                seeds = [str(seed) for seed in missing[start : start + TOGETHER]]
                 named = f"{task}__{'-'.join(seeds)}__{'_'.join(mine).replace(':', '-')}"
                 flags = [*environment(task), "--objectives", *mine, "--seeds", *seeds, *settings]
                 calls.append(Call((*flags, "--run-dir", f"{runs}/{named}"), os.getcwd()))
-    return calls
+    return sorted(calls, key=lambda call: call.crowd[0].seed)
 
 
 def cell_of(row: dict) -> tuple[str, str, int]:
@@ -403,6 +408,8 @@ class Table:
         self.folder = folder
         paths = folder / "runs.csv", folder / "curves.csv"
         self.runs, self.curves = (read_csv(path) if path.exists() else [] for path in paths)
+        for row in self.runs:
+            row.setdefault("bootstrap_truncated", "True")  # at that time there was nothing else
 
     def check(self, settings: list[str], earlier: list[str] | None = None) -> None:
         """Raises UserError where a run was made with other flags than these.
@@ -411,10 +418,16 @@ class Table:
         """
         for row in self.runs:
             flags, command = settings, row["command"]
+            bootstrapped = str(parse(tuple(settings))[0].bootstrap_truncated)
             if is_earlier(row):
                 flags = earlier or settings
-                command = command.replace("--preset paper", "--preset paper --bootstrap-truncated")
-            if f" {' '.join(flags)} --run-dir" not in command:
+                bootstrapped = "True"
+                was = r"--preset paper --total-timesteps \d+"
+                command = re.sub(was, r"\g<0> --bootstrap-truncated", command)
+            if (
+                bootstrapped != row["bootstrap_truncated"]
+                or f" {' '.join(flags)} --run-dir" not in command
+            ):
                 what = f"{self.folder} holds runs of other settings: {row['command']}"
                 raise UserError(f"{what}; give other --results")
 
@@ -951,7 +964,10 @@ def report(folder: Path, asked: Grid, preset: str) -> None:
         if gapless and len(grid.objectives) > 1:  # or one would be compared with itself
             whole.append(task)
 
-    text = f"# {'Table 1' if preset == 'paper' else f'Table 1 with --preset {preset}'}\n\n"
+    text = f"# {'Table 1' if preset == 'paper' else f'Table 1 with --preset {preset}'}"
+    if preset == "paper" and all(row["bootstrap_truncated"] == "True" for row in table.runs):
+        text += ", with time limits bootstrapped"
+    text += "\n\n"
     shape = f"{len(grid.tasks)} tasks x {len(grid.objectives)} objectives x {len(grid.seeds)} seeds"
     if len(have) == len(grid.cells):
         text += f"All {len(have)} runs are in: {shape}."
@@ -1022,7 +1038,7 @@ def main(argv: list[str]) -> None:
     what = "default: the paper's 11; of --preset modern four of them"
     add("--objectives", nargs="+", help=what)
     what = "runs of every task and objective"
-    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help=what)
+    add("--seeds", nargs="+", type=int, help=f"{what}; default: 1 to 10, of --preset modern 1 to 3")
     add("--preset", choices=OBJECTIVES, default="paper", help="of ppo_continuous.py")
     add("--total-timesteps", type=positive, default=1_000_000, help="of every run")
     what = "tasks at a time on this machine; default: one on each core"
@@ -1038,7 +1054,8 @@ def main(argv: list[str]) -> None:
     tasks = sorted(tasks, key=lambda task: place(task, ""))
     objectives = set(args.objectives or OBJECTIVES[args.preset])
     objectives = sorted(objectives, key=lambda objective: place("", objective))
-    grid = Grid(tasks, objectives, sorted(set(args.seeds)))
+    seeds = sorted(set(args.seeds or SEEDS[args.preset]))
+    grid = Grid(tasks, objectives, seeds)
     default = "table1" if args.preset == "paper" else f"table1-{args.preset}"
     folder = args.results or ROOT / "benchmark/results" / default
     settings = common_flags(args.preset, args.total_timesteps, args.flags)

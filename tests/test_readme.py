@@ -126,8 +126,9 @@ def reports() -> dict:
     def of_preset(preset: str):
         def write(folder: Path) -> None:
             objectives = {row["objective"] for row in read_csv(folder / "runs.csv")}
+            seeds = {row["seed"] for row in read_csv(folder / "runs.csv")}
             flags = ["--report", "--preset", preset, "--results", str(folder)]
-            table1.main([*flags, "--objectives", *objectives])
+            table1.main([*flags, "--objectives", *objectives, "--seeds", *seeds])
 
         return write
 
@@ -140,6 +141,7 @@ def reports() -> dict:
         found[f"{tool.__name__.rpartition('.')[2]}/summary.md"] = module(tool)
     found |= {
         "table1/summary.md": of_preset("paper"),
+        "table1-bootstrapped/summary.md": of_preset("paper"),
         "table1-modern/summary.md": of_preset("modern"),
     }
     return {path: write for path, write in found.items() if (RESULTS / path).exists()}

@@ -235,7 +235,7 @@ def test_report_of_a_part_says_so(tmp_path):
     # left from before
     assert not (folder / "scores.md").exists() and not (folder / "scores.png").exists()
     table1.main(["--report", "--results", str(folder)])
-    assert "**PARTIAL: 3 of 231 runs are in**" in (folder / "summary.md").read_text()
+    assert "**PARTIAL: 3 of 770 runs are in**" in (folder / "summary.md").read_text()
 
 
 def test_report_compares_all_eleven_with_the_paper(tmp_path):
@@ -286,6 +286,10 @@ def test_only_missing_cells_are_planned():
     assert all(args.scale_rewards and args.anneal_lr for args in crowd)  # modern
     assert calls == table1.plan(grid, done, ["--preset", "modern"], "runs/x")
     assert table1.plan(grid, set(grid.cells), [], "runs/x") == []
+    ten = table1.Grid(grid.tasks, ["none"], list(range(1, 11)))
+    calls = table1.plan(ten, set(), [], "runs/x")
+    assert [call.agents for call in calls] == [3, 3, 3, 3, 3, 3, 1, 1]
+    assert [call.crowd[0].env_id for call in calls] == grid.tasks * 4  # three seeds of each first
 
 
 def test_rows_say_what_the_run_folder_says(whole):
@@ -499,34 +503,39 @@ def test_flags_that_do_not_exist_get_the_box_of_the_script(tmp_path, monkeypatch
     assert not list(tmp_path.rglob("*.csv")) and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("preset", table1.OBJECTIVES)
-def test_the_committed_table_lacks_nothing_and_cannot_go_on_under_another_meaning(
-    preset, tmp_path, monkeypatch
+COMMITTED = {  # folder -> its flags
+    "table1-bootstrapped": ("paper", ["--bootstrap-truncated"]),
+    "table1-modern": ("modern", []),
+}
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_table_lacks_nothing_and_takes_no_run_of_another_meaning(
+    name, tmp_path, monkeypatch
 ):
     """Its commands say `--preset paper`, which bootstrapped at that time."""
     monkeypatch.chdir(tmp_path)
-    folder = "table1" if preset == "paper" else f"table1-{preset}"
-    shutil.copytree(ROOT / "benchmark/results" / folder, tmp_path / "mine")
+    preset, more = COMMITTED[name]
+    shutil.copytree(ROOT / "benchmark/results" / name, tmp_path / "mine")
     planned = []
     monkeypatch.setattr(table1, "run", lambda calls, *_: planned.extend(calls))
     monkeypatch.setattr(table1, "report", lambda *_: None)
-    flags = ["--preset", preset, "--results", "mine"]
-    table1.main(flags)
+    flags = ["--preset", preset, "--results", "mine", "--seeds", "1", "2", "3"]
+    table1.main([*flags, "--", *more])
     assert planned == []
-    table1.main([*flags, "--seeds", "1", "2", "3", "4", "--tasks", "Hopper"])
+    table1.main([*flags, "4", "--tasks", "Hopper", "--", *more])
     assert all(args.bootstrap_truncated for call in planned for args in call.crowd)
     assert {args.seed for call in planned for args in call.crowd} == {4}
     with pytest.raises(UserError, match="holds runs of other settings"):
         table1.main([*flags, "--", "--no-bootstrap-truncated"])
     table = table1.Table(tmp_path / "mine")
-    bare = ["--preset", preset, "--total-timesteps", "1000000"]
     if preset == "paper":  # in today's meaning
         with pytest.raises(UserError, match="holds runs of other settings"):
-            table.check(bare)
-    table.runs[0]["command"] = f"python benchmark/lockstep.py {' '.join(bare)} --run-dir x"
-    if preset == "paper":
-        with pytest.raises(UserError, match="holds runs of other settings"):
             table.check(table1.common_flags(preset, 1_000_000, []))
+    table.check(table1.common_flags(preset, 1_000_000, more))
+    table.runs[0]["bootstrap_truncated"] = "False"
+    with pytest.raises(UserError, match="holds runs of other settings"):
+        table.check(table1.common_flags(preset, 1_000_000, more))
 
 
 def test_results_of_other_settings_are_left_alone(whole, monkeypatch):
