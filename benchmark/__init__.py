@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import json
 import os
 import platform
 import re
@@ -58,55 +57,32 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Rows with the same keys, at least one, under a header. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def markdown(rows) -> str:
+    """Rows, a list of dicts or a DataFrame, as a Markdown table.
 
-
-def merge_runs(
-    folder: Path, read: list[tuple[dict, list[dict]]], column: str, order: list[str]
-) -> None:
-    """Put runs into runs.csv, a row each, and curves.csv, its points.
-
-    They replace those that agree with one of them in `column`; others stay. Sorted by the place of
-    that column's cell in `order`, otherwise as they were.
+    Not padded: where one cell gets longer, one line of the file changes.
     """
-    mine = {row[column] for row, _ in read}
-    points = [point for _, curve in read for point in curve]
-    for path, fresh in (
-        (folder / "runs.csv", [row for row, _ in read]),
-        (folder / "curves.csv", points),
-    ):
-        kept = [row for row in (read_csv(path) if path.exists() else []) if row[column] not in mine]
-        write_csv(path, sorted(kept + fresh, key=lambda row: order.index(row[column])))
+    import pandas as pd  # here: lockstep.py, which this package holds too, goes without it
+    from tabulate import DataRow, TableFormat
+
+    row = DataRow("| ", " | ", " |")
+    plain = TableFormat(
+        lineabove=None,
+        linebelowheader=lambda widths, _: f"| {' | '.join(['---'] * len(widths))} |",
+        linebetweenrows=None,
+        linebelow=None,
+        headerrow=row,
+        datarow=row,
+        padding=0,
+        with_header_hide=None,
+    )
+    as_it_is = {"disable_numparse": True, "stralign": None, "numalign": None}
+    return pd.DataFrame(rows).to_markdown(index=False, tablefmt=plain, **as_it_is) + "\n"
 
 
-def check_config(folder: Path, wanted: dict) -> dict:
-    """The config.json of a run's folder.
-
-    Raises UserError where there is none, or where its flags are not the wanted ones: then a report
-    would state flags that never ran.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        made = config["args"]
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise UserError(f"{folder} has no config.json that can be read: {reason!r}") from reason
-    for name, value in json.loads(json.dumps(wanted)).items():
-        if made.get(name, value) != value:
-            what = f"{name} {made[name]} instead of {value}"
-            raise UserError(f"{folder} ran with {what}; remove the folder, or give another")
-    return config
-
-
-def markdown(rows: list[dict]) -> str:
-    """Rows with the same keys, at least one, as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+def number(x: float) -> str:
+    """A return, as tables show it."""
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}"
 
 
 def git_commit() -> str:

@@ -17,33 +17,17 @@ import shutil
 import subprocess
 import sys
 import time
-from bisect import bisect_right
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import (
-    Parser,
-    UserError,
-    check_config,
-    cli,
-    git_commit,
-    machine,
-    markdown,
-    merge_runs,
-    plot,
-    positive,
-    read_csv,
-    write_csv,
-)
-from ppo_cartpole import parse_args
+from benchmark import Parser, UserError, cli, git_commit, machine, markdown, plot, sweep
+from benchmark.sweep import ROOT, numbers
 
-ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs/classic")  # below ROOT, where the runs are started
 RESULTS = ROOT / "benchmark/results/classic"
 
@@ -67,18 +51,27 @@ TASKS = {
 WALLTIME_SEEDS = range(1, 6)
 
 
-# ------------------------------------------------------------------------------------------ RUNS
-def folder(task: str, seed: int | str) -> Path:
-    """Of a run, below ROOT."""
-    return RUNS / task / str(seed)
+COLUMNS = "task env_id seed command started git_commit torch gymnasium python total_timesteps"
+COLUMNS += " wall_seconds sps last_100_return eval_return_mean eval_return_std eval_episodes"
+COLUMNS += " first_step_at_threshold cpu cores"
+LAYOUT = sweep.Layout(
+    key=("task", "seed"),
+    columns=tuple(COLUMNS.split()),
+    curves={"episodic_return": plot.RETURN},
+    order={"task": list(TASKS)},
+    points=100,
+    measure=sweep.first_step_at_threshold,
+)
 
 
-def command(task: str, seed: int | str) -> list[str]:
-    """What follows `python` to start a run."""
-    words = f"ppo_cartpole.py {TASKS[task].flags} --seed {seed} --run-dir {folder(task, seed)}"
-    return words.split()
+def call(name: str, seed: int) -> sweep.Call:
+    task = TASKS[name]
+    labels = {"task": name, "threshold": task.threshold}
+    flags = f"{task.flags} --seed {seed}"
+    return sweep.script("ppo_cartpole", flags, RUNS / name / str(seed), labels)
 
 
+# -------------------------------------------------------------------------------------- WALLTIME
 def execute(arguments: list[str]) -> str:
     """What `python` with these arguments prints at the root of the repository.
 
@@ -91,63 +84,6 @@ def execute(arguments: list[str]) -> str:
     return done.stdout
 
 
-def read_config(arguments: list[str]) -> dict:
-    """The config.json of a run, in the folder that its arguments name last.
-
-    Raises UserError as check_config.
-    """
-    derived = {"run_dir", "checkpoint_every"}  # what the script fills in by itself
-    flags = vars(parse_args(arguments[1:]))
-    wanted = {name: value for name, value in flags.items() if name not in derived}
-    return check_config(ROOT / arguments[-1], wanted)
-
-
-def each(complete: Callable, runs: list, jobs: int) -> None:
-    """complete(run) for every run, `jobs` at a time.
-
-    One that fails does not stop the others; then UserError.
-    """
-    failures = []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs", disable=None) as bar:
-        try:
-            for future in as_completed([pool.submit(complete, run) for run in runs]):
-                if future.exception():
-                    failures.append(str(future.exception()))
-                bar.update()
-        except KeyboardInterrupt:  # the terminal has told the processes too
-            pool.shutdown(cancel_futures=True)
-            raise
-    if failures:
-        why = "; ".join(sorted(failures))
-        raise UserError(f"{len(failures)} of {len(runs)} runs failed: {why}")
-
-
-def complete(arguments: list[str]) -> None:
-    """Start a run, go on with it, or leave it alone, whatever its folder asks for.
-
-    Raises UserError where it fails.
-    """
-    path = ROOT / arguments[-1]
-    if (path / "summary.json").exists():
-        return
-    if (path / "config.json").exists():
-        execute(["ppo_cartpole.py", "--resume", arguments[-1]])
-    else:
-        shutil.rmtree(path, ignore_errors=True)  # stopped before its first file was whole
-        execute(arguments)
-
-
-def complete_commands(commands: list[list[str]], jobs: int) -> None:
-    """Complete the run of every command, `jobs` at a time.
-
-    One that fails does not stop the others; then UserError.
-    """
-    for arguments in commands:
-        if (ROOT / arguments[-1] / "config.json").exists():
-            read_config(arguments)  # refuse what could not be reported now, not after hours
-    each(complete, commands, jobs)
-
-
 def measure_walltime() -> None:
     """Write walltime.csv and transcript.md.
 
@@ -156,92 +92,34 @@ def measure_walltime() -> None:
     """
     rows, transcript = [], "# What the default command prints\n\n"
     for seed in tqdm(WALLTIME_SEEDS, unit=" runs", disable=None):
-        path = ROOT / folder("walltime", seed)
+        path = ROOT / RUNS / "walltime" / str(seed)
         shutil.rmtree(path, ignore_errors=True)
-        arguments = f"ppo_cartpole.py --seed {seed} --run-dir {folder('walltime', seed)}".split()
+        arguments = f"ppo_cartpole.py --seed {seed} --run-dir {RUNS / 'walltime' / str(seed)}"
         start = time.perf_counter()
-        printed = execute(arguments)
-        seconds = time.perf_counter() - start
-        row = {"seed": seed, "seconds": seconds, "command": f"python {' '.join(arguments)}"}
-        rows.append(row | provenance(json.loads((path / "config.json").read_text())) | machine())
+        printed = execute(arguments.split())
+        row = {"seed": seed, "seconds": time.perf_counter() - start}
+        row["command"] = f"python {arguments}"
+        config = json.loads((path / "config.json").read_text())
+        row |= {"started": config["started"], "git_commit": git_commit()}
+        row |= {name: config["versions"][name] for name in ("torch", "gymnasium", "python")}
+        rows.append(row | machine())
         transcript += f"    $ {row['command']}\n    {printed}"
         shutil.rmtree(path)
-    write_csv(RESULTS / "walltime.csv", rows)
+    sweep.write(RESULTS / "walltime.csv", pd.DataFrame(rows))
     (RESULTS / "transcript.md").write_text(transcript)
 
 
-def provenance(config: dict) -> dict:
-    """When and with which versions, as a run's config.json says, and the commit that is here."""
-    versions = {name: config["versions"][name] for name in ("torch", "gymnasium", "python")}
-    return {"started": config["started"], "git_commit": git_commit()} | versions
-
-
-def first_step_at_threshold(
-    metrics: list[dict], episodes: list[dict], threshold: float
-) -> int | None:
-    """When the mean return of the last 100 episodes is at least `threshold` for the first time.
-
-    The global_step of that row of metrics.csv, which has 100 episodes behind it, or None.
-    """
-    ends = sorted(int(row["global_step"]) for row in episodes)
-    for row in metrics:
-        step = int(row["global_step"])
-        if bisect_right(ends, step) >= 100 and float(row["charts/episodic_return"]) >= threshold:
-            return step
-    return None
-
-
-def read_run(task: str, seed: int) -> tuple[dict, list[dict]]:
-    """A finished run's row of runs.csv and its rows of curves.csv.
-
-    Raises UserError where a file does not fit.
-    """
-    config, path, row = read_config(command(task, seed)), ROOT / folder(task, seed), {"task": task}
-    try:
-        (summary,) = json.loads((path / "summary.json").read_text())
-        metrics, episodes = (read_csv(path / name) for name in ("metrics.csv", "episodes.csv"))
-        row |= {
-            "env_id": summary["env_id"],
-            "seed": seed,
-            "command": f"python {' '.join(command(task, seed))}",
-        }
-        wanted = "total_timesteps wall_seconds sps last_100_return"
-        wanted += " eval_return_mean eval_return_std eval_episodes"
-        row |= provenance(config) | {name: summary[name] for name in wanted.split()}
-        row["first_step_at_threshold"] = first_step_at_threshold(
-            metrics, episodes, TASKS[task].threshold
-        )
-        seen = [(point["global_step"], point["charts/episodic_return"]) for point in metrics]
-        seen = [(step, ret) for step, ret in seen if ret]  # none before the first episode has ended
-        kept = [seen[i] for i in np.unique(np.linspace(0, len(seen) - 1, 100).round().astype(int))]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as reason:
-        raise UserError(f"{folder(task, seed)} cannot be reported: {reason!r}") from reason
-    where = {"task": task, "seed": seed}
-    points = [where | {"global_step": step, "episodic_return": ret} for step, ret in kept]
-    return row | machine(), points
-
-
-def run_all(tasks: list[str], jobs: int) -> None:
-    """Complete every run of these tasks and put them into runs.csv and curves.csv.
-
-    Other tasks stay there. Raises UserError.
-    """
-    runs = [(task, seed) for task in tasks for seed in TASKS[task].seeds]
-    complete_commands([command(*run) for run in runs], jobs)
-    merge_runs(RESULTS, [read_run(*run) for run in runs], "task", list(TASKS))
-
-
 # ---------------------------------------------------------------------------------------- REPORT
-def summarise(task: str, runs: list[dict[str, str]]) -> dict:
+def summarise(task: str, runs: pd.DataFrame) -> dict:
     """A task's row of summary.md, from its rows of runs.csv."""
-    threshold, names = TASKS[task].threshold, ("last_100_return", "eval_return_mean")
-    last, evaluated = (np.array([float(run[name]) for run in runs]) for name in names)
+    threshold = TASKS[task].threshold
+    last, evaluated = numbers(runs["last_100_return"]), numbers(runs["eval_return_mean"])
     # a seed that never got there is slowest
-    steps = [float(run["first_step_at_threshold"] or "inf") for run in runs]
-    median = np.median(steps)
+    steps = numbers(runs["first_step_at_threshold"]).fillna(np.inf)
+    median = steps.median()
     return {
         "task": task,
-        "environment": runs[0]["env_id"],
+        "environment": runs["env_id"].iloc[0],
         "threshold": f"{threshold:g}",
         "seeds that reach it": f"{np.isfinite(steps).sum()} of {len(runs)}",
         "and end at or above it": f"{(last >= threshold).sum()} of {len(runs)}",
@@ -251,16 +129,6 @@ def summarise(task: str, runs: list[dict[str, str]]) -> dict:
         "evaluation, worst seed": f"{evaluated.min():.1f}",
         "steps to threshold, median": f"{median:,.0f}" if np.isfinite(median) else "never",
     }
-
-
-def describe(rows: list[dict]) -> str:
-    """When, where and from what these rows were measured."""
-    days = sorted(row["started"][:10] for row in rows)
-    said = " to ".join(dict.fromkeys((days[0], days[-1])))
-    for name in ("python", "torch", "gymnasium", "git_commit", "cpu", "cores"):
-        values = sorted({str(row[name]) for row in rows})
-        said += f"; {name.replace('_', ' ')} {' and '.join(values)}"
-    return said
 
 
 NOTE = """
@@ -277,48 +145,39 @@ def report() -> None:
 
     Raises OSError where there is none.
     """
-    rows = read_csv(RESULTS / "runs.csv")
-    panels = plot.read_curves(RESULTS / "curves.csv", panel="task", line="task")
+    runs = sweep.read(RESULTS / "runs.csv")
+    panels = plot.gather(sweep.read(RESULTS / "curves.csv"), "task", "task", "episodic_return")
     text, table = "# Classic control\n\n", []
-    for task, lines in panels.items():
-        mine = [row for row in rows if row["task"] == task]
-        words = mine[0]["command"].replace(f" --seed {mine[0]['seed']} ", " --seed S ")
-        text += f"    {words.rpartition('/')[0]}/S  # S = {mine[0]['seed']} to {mine[-1]['seed']}\n"
+    for task, mine in runs.groupby("task", sort=False):
+        first, last = mine["seed"].iloc[[0, -1]]
+        command = mine["command"].iloc[0].replace(f" --seed {first} ", " --seed S ")
+        text += f"    {command.rpartition('/')[0]}/S  # S = {first} to {last}\n"
         table.append(summarise(task, mine))
-        plot.draw(RESULTS / f"{task}.png", {mine[0]["env_id"]: lines}, TASKS[task].threshold)
-    text += f"\n{describe(rows)}\n\n{markdown(table)}{NOTE}"
+        panel = {mine["env_id"].iloc[0]: panels[task]}
+        plot.draw(RESULTS / f"{task}.png", panel, TASKS[task].threshold)
+    text += f"\n{sweep.describe(runs, 'gymnasium')}\n\n{markdown(table)}{NOTE}"
     if (RESULTS / "walltime.csv").exists():
-        whole = read_csv(RESULTS / "walltime.csv")
-        median = np.median([float(row["seconds"]) for row in whole])
+        whole = sweep.read(RESULTS / "walltime.csv")
         text += "\n`python ppo_cartpole.py`, the whole process with imports and evaluation: "
-        text += (
-            f"{median:.1f} s, median of {len(whole)} runs one after another ({describe(whole)}).\n"
-        )
+        text += f"{numbers(whole['seconds']).median():.1f} s, median of {len(whole)} runs "
+        text += f"one after another ({sweep.describe(whole, 'gymnasium')}).\n"
     (RESULTS / "summary.md").write_text(text)
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("Rerun the documented results on classic control and report them.")
-    parser.add_argument(
-        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to run"
-    )
-    parser.add_argument(
-        "--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="run nothing, write the report of the CSVs there are"
-    )
-    parser.add_argument(
-        "--walltime",
-        action="store_true",
-        help="time the default command instead, five runs in a row",
-    )
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to run")
+    sweep.add_flags(parser)
+    what = "time the default command instead, five runs in a row"
+    add("--walltime", action="store_true", help=what)
     args = parser.parse_args(argv)
     if args.walltime:
         measure_walltime()
         return
     if not args.report:
-        run_all(args.tasks, args.jobs)
+        calls = [call(task, seed) for task in args.tasks for seed in TASKS[task].seeds]
+        sweep.complete(RESULTS, LAYOUT, calls, sweep.choose_engine(args))
     report()
     print(RESULTS / "summary.md")
 

@@ -15,7 +15,7 @@ worker replaces the old words by the new ones and runs the result, so that what 
 code itself with one line altered.
 
 Results are benchmark/results/collapse/TASK/: per suspect a folder with the runs.csv and curves.csv
-of benchmark/table1.py and the change, change.diff; random.csv, summary.md and collapse.png for all
+of benchmark/mujoco.py and the change, change.diff; random.csv, summary.md and collapse.png for all
 of them. To run again what is committed: --results mine.
 """
 
@@ -27,15 +27,26 @@ from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
+import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import benchmark
 import ppo_continuous
-from benchmark import Parser, UserError, cli, lockstep, markdown, plot, positive, read_csv, table1
-from benchmark.table1 import Call, Grid, Table, cell_of
+from benchmark import (
+    Parser,
+    UserError,
+    cli,
+    lockstep,
+    markdown,
+    mujoco,
+    number,
+    plot,
+    positive,
+    sweep,
+)
+from benchmark.mujoco import LAYOUT, Grid
+from benchmark.sweep import Call, Layout, Table
 
-RESULTS = table1.ROOT / "benchmark/results/collapse"
+RESULTS = sweep.ROOT / "benchmark/results/collapse"
 OBJECTIVES = ["none", "clip:0.2"]
 
 
@@ -166,13 +177,11 @@ def suspect_of(call: Call) -> str:
     return call.path.parent.name
 
 
-def answer(call: Call, mine: list[int], pipe: Connection) -> None:
-    """table1.answer, in a process of its own, with the altered script and the altered crowd."""
+def answer(call: Call, layout: Layout, mine: list[int], pipe: Connection) -> None:
+    """sweep.answer, in a process of its own, with the altered script and the altered crowd."""
     script, crowd = altered(SUSPECTS[suspect_of(call)].changes)
     sys.modules.update({"ppo_continuous": script, "benchmark.lockstep": crowd})
-    benchmark.lockstep = crowd
-    table1.ppo_continuous, table1.lockstep = script, crowd
-    table1.answer(call, mine, pipe)
+    sweep.answer(call, layout, mine, pipe)
 
 
 def diff_of(folder: Path) -> str:
@@ -183,37 +192,41 @@ def diff_of(folder: Path) -> str:
 
 def complete(names: list[str], grid: Grid, settings: list[str], folder: Path, jobs: int) -> None:
     """Run what the CSVs lack. Raises UserError."""
-    with table1.alone(folder):
-        tables, calls = {name: Table(folder / name) for name in names}, []
+    with sweep.alone(folder):
+        tables, calls = {name: Table(folder / name, LAYOUT) for name in names}, []
         for name, table in tables.items():
             suspect = SUSPECTS[name]
             altered(suspect.changes)
             mine = [*settings, *suspect.flags]
             before = mine if suspect.earlier is None else [*settings, *suspect.earlier]
-            table.check(mine, before)
+            mujoco.check(table, mine, before)
             runs = f"runs/collapse/{folder.name}/{name}"
-            missing = table1.plan(grid, {*map(cell_of, table.runs)}, mine, runs)
-            if missing and table.runs and diff_of(table.folder) != suspect.diff:
+            missing = mujoco.plan(grid, table.cells, mine, runs)
+            if missing and len(table.runs) and diff_of(table.folder) != suspect.diff:
                 what = f"{table.folder} holds runs of another change, see its change.diff"
                 raise UserError(f"{what}; give other --results")
             if missing and suspect.diff:
                 table.folder.mkdir(exist_ok=True)
                 (table.folder / "change.diff").write_text(suspect.diff)
             calls += missing
-        table1.measure_random(grid, settings, folder / "random.csv")
-        engine = partial(table1.local, jobs=jobs, target=answer)
-        table1.run(calls, engine, lambda call: tables[suspect_of(call)])
+        mujoco.measure(grid, settings, folder / "random.csv")
+        engine = partial(sweep.local, jobs=jobs, target=answer)
+        sweep.run(calls, engine, lambda call: tables[suspect_of(call)])
 
 
-def lowest(run: dict, curves: list[dict]) -> float:
-    """The lowest return of the second half of a run.
-
-    run: its row of runs.csv. curves: the rows of curves.csv.
-    """
-    mine = [point for point in curves if cell_of(point) == cell_of(run)]
-    late = [point for point in mine if 2 * int(point["global_step"]) > int(run["total_timesteps"])]
-    returns = [float(point["episodic_return"]) for point in late if point["episodic_return"]]
-    return min(returns, default=np.nan)
+def summarise(table: Table, objective: str) -> tuple[dict, np.ndarray]:
+    """Cells of an objective in a suspect's row of summary.md, and the returns of its runs."""
+    runs = table.runs[table.runs["objective"] == objective]
+    points = table.curves.merge(runs[[*LAYOUT.key, "total_timesteps"]], on=list(LAYOUT.key))
+    late = 2 * points["global_step"].astype(int) > points["total_timesteps"].astype(int)
+    lowest = sweep.numbers(points["episodic_return"])[late].groupby(points["seed"]).min()
+    returns = sweep.numbers(runs["last_100_return"])
+    cells = {
+        f"`{objective}`": ", ".join(map(number, returns)),
+        f"lowest, `{objective}`": ", ".join(map(number, lowest.reindex(runs["seed"]))),
+        f"KL, `{objective}`": f"{sweep.numbers(runs['kl_median']).median(skipna=False):.2g}",
+    }
+    return cells, returns.to_numpy()
 
 
 def report(task: str, folder: Path) -> None:
@@ -221,41 +234,30 @@ def report(task: str, folder: Path) -> None:
 
     Raises OSError where none has.
     """
-    (untrained,) = table1.random_returns(read_csv(folder / "random.csv"), [task], "gaussian")
-    names = [name for name in SUSPECTS if (folder / name / "runs.csv").exists()]
-    table, diffs, panels = [], "", {}
-    for name in names:
-        runs, suspect = Table(folder / name), SUSPECTS[name]
-        row = {"suspect": f"`{name}`", "what is different": suspect.what}
-        for objective in OBJECTIVES:
-            mine = [run for run in runs.runs if run["objective"] == objective]
-            returns = [float(run["last_100_return"] or "nan") for run in mine]
-            row[f"`{objective}`"] = ", ".join(map(table1.number, returns))
-            least = [lowest(run, runs.curves) for run in mine]
-            row[f"lowest, `{objective}`"] = ", ".join(map(table1.number, least))
-            kl = np.median([float(run["kl_median"]) for run in mine])
-            row[f"KL, `{objective}`"] = f"{kl:.2g}"
-            if objective == "none":
-                below = sum(ret < untrained for ret in returns)
-                row["below untrained"] = f"{below} of {len(returns)}"
-        table.append(row)
-        points = []
-        for point in runs.curves:
-            if point["episodic_return"]:
-                x, y = float(point["global_step"]), float(point["episodic_return"])
-                points.append((name, point["objective"], point["seed"], x, y))
-        panels |= plot.gather(points)
+    (untrained,) = mujoco.random_returns(folder / "random.csv", [task], "gaussian")
+    tables = {}
+    for name in SUSPECTS:
+        if (folder / name / "runs.csv").exists():
+            tables[name] = Table(folder / name, LAYOUT)
+    rows, diffs, panels = [], "", {}
+    for name, table in tables.items():
+        row = {"suspect": f"`{name}`", "what is different": SUSPECTS[name].what}
+        cells, returns = summarise(table, "none")
+        below = f"{(returns < untrained).sum()} of {len(returns)}"
+        row |= cells | {"below untrained": below} | summarise(table, "clip:0.2")[0]
+        rows.append(row)
+        panels[name] = plot.groups_of(table.curves, "objective", "episodic_return")
         diff = diff_of(folder / name)
         diffs += f"`{name}`:\n\n```diff\n{diff}```\n\n" if diff else ""
     draw(folder / "collapse.png", panels, untrained)
-    origin = table1.tell_origin([run for name in names for run in Table(folder / name).runs])
+    origin = mujoco.origin(pd.concat([table.runs for table in tables.values()]))
     (folder / "summary.md").write_text(f"""# {task}, one detail at a time
 
-{markdown(table)}
+{markdown(rows)}
 The return of the last 100 episodes, seed by seed: at the end, and where it was lowest in the \
 second half of the run;
 and the median KL[old, new] of an update. The untrained Gaussian policy scores \
-{table1.number(untrained)}.
+{number(untrained)}.
 
 ![Learning curves](collapse.png)
 
@@ -272,10 +274,8 @@ logarithmic from there on.
 
 def draw(path: Path, panels: dict[str, plot.Groups], untrained: float) -> None:
     """A panel per suspect."""
-    rows = -(-len(panels) // 4)
-    figure = Figure(figsize=(12, 2.7 * rows), layout="constrained")
-    axes = figure.subplots(rows, 4, squeeze=False).ravel()
-    for i, (ax, (name, groups)) in enumerate(zip(axes, panels.items(), strict=False)):
+    figure, axes = plot.sheet(len(panels), 4, (3, 2.7))
+    for i, (ax, (name, groups)) in enumerate(zip(axes, panels.items(), strict=True)):
         plot.curves(ax, groups, OBJECTIVES, untrained)
         ax.set(title=name, xlabel="", ylabel="return (last 100)" if i % 4 == 0 else "")
         low, high = ax.get_ylim()
@@ -285,22 +285,18 @@ def draw(path: Path, panels: dict[str, plot.Groups], untrained: float) -> None:
             ticks = [tick for tick in ticks if low < tick < high]
             ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
             ax.minorticks_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    style = {"ncols": 2, "fontsize": "small", "frameon": False}
-    figure.legend(handles, labels, loc="outside upper center", **style)
-    for ax in axes[len(panels) :]:
-        ax.remove()
+    plot.legend(figure, "upper", ncols=2, fontsize="small")
     figure.savefig(path, dpi=90)
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("Which detail makes the difference to the paper's Table 1?")
     add = parser.add_argument
-    add("--task", choices=table1.TASKS, default=table1.TASKS[0], help="on which task")
+    add("--task", choices=mujoco.TASKS, default=mujoco.TASKS[0], help="on which task")
     add("--suspects", nargs="+", choices=SUSPECTS, default=list(SUSPECTS), help="what to try")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each objective")
     add("--total-timesteps", type=positive, default=1_000_000, help="of every run")
-    add("--jobs", type=positive, default=len(table1.CORES), help="suspects at a time")
+    add("--jobs", type=positive, default=len(sweep.CORES), help="suspects at a time")
     what = "folder, in which each task has its own"
     add("--results", type=Path, default=RESULTS, help=what)
     what = "run nothing, write the report of the runs there are"
@@ -311,7 +307,7 @@ def main(argv: list[str]) -> None:
     if not args.report:
         grid = Grid([args.task], OBJECTIVES, sorted({*args.seeds}))
         flags = ["--bootstrap-truncated", *args.flags]  # as the committed runs were made
-        settings = table1.common_flags("paper", args.total_timesteps, flags)
+        settings = mujoco.common_flags("paper", args.total_timesteps, flags)
         complete(args.suspects, grid, settings, folder, args.jobs)
     report(args.task, folder)
     print(folder / "summary.md")

@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import Parser, cli, plot, write_csv
+from benchmark import Parser, cli, plot
 from ppo_cartpole import Args, parse_objective, ppo_loss
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmark/results/figure1"
@@ -52,21 +53,18 @@ def term(objective: str, ratio: float, advantage: float) -> float:
     return -terms["policy_loss"].item()
 
 
-def draw(ax: Axes, advantage: int, rows: list[dict]) -> None:
+def draw(ax: Axes, advantage: int, rows: pd.DataFrame) -> None:
     """One sign of the advantage, laid out as in the paper, with L^CPI and the shade beside it."""
-    mine = [row for row in rows if row["advantage"] == advantage]
-    ratio, unclipped, clipped = (
-        np.array([row[name] for row in mine]) for name in ("ratio", "l_cpi", "l_clip")
-    )
+    mine = rows[rows["advantage"] == advantage]
     edge = 1 + advantage * parse_objective(CLIP).epsilon
     good = advantage > 0
     blue, orange, *_ = plot.COLOURS
     ax.axvspan(edge, 2.1 if good else 0, color="0.94", linewidth=0, label="no gradient")
     ax.axhline(0, color="0.2", linewidth=0.8)
     ax.vlines([1, edge], 0, [advantage, advantage * edge], color="0.4", linewidth=1, linestyle=":")
-    ax.plot(ratio, clipped, color=blue, linewidth=2.6, label="$L^{CLIP}$, eq. 7")
+    ax.plot(mine["ratio"], mine["l_clip"], color=blue, linewidth=2.6, label="$L^{CLIP}$, eq. 7")
     dashed = {"color": orange, "linewidth": 1.3, "zorder": 1}
-    ax.plot(ratio, unclipped, "--", **dashed, label="$L^{CPI} = r A$, eq. 6")
+    ax.plot(mine["ratio"], mine["l_cpi"], "--", **dashed, label="$L^{CPI} = r A$, eq. 6")
     ax.plot(1, advantage, "o", color="0.1", markersize=6, zorder=3, label="where an update starts")
     ax.set_title("$A > 0$: a good action" if good else "$A < 0$: a bad action", fontsize="medium")
     ax.set_xticks([0, 1, edge], ["0", "1", "$1 + \\epsilon$" if good else "$1 - \\epsilon$"])
@@ -84,14 +82,13 @@ def main(argv: list[str]) -> None:
             row["l_cpi"] = term("none", ratio, advantage)
             row["l_clip"] = term(CLIP, ratio, advantage)
             rows.append(row)
-    write_csv(RESULTS / "figure1.csv", rows)
+    rows = pd.DataFrame(rows)
+    rows.to_csv(RESULTS / "figure1.csv", index=False)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw(left, 1, rows)
     draw(right, -1, rows)
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
-    )
+    plot.legend(figure, "lower", ncols=4)
     figure.savefig(RESULTS / "figure1.png", dpi=150)
     print(RESULTS / "figure1.png")
 

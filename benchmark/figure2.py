@@ -21,6 +21,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -29,7 +30,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo_continuous as ppo
-from benchmark import Parser, cli, git_commit, lockstep, machine, markdown, plot, write_csv
+from benchmark import Parser, cli, git_commit, lockstep, machine, markdown, plot, scores
 from ppo_continuous import Agent, Args, parse_objective
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,8 +155,7 @@ def summarise(seeds: tuple[int, ...], curves: Curves, paper: Curves) -> list[dic
     table = [{"": name} for name in names]
     for name, (ours, theirs, digits) in numbers.items():
         mean, low, high, least, largest = (
-            f"{x:.{digits}f}"
-            for x in (*np.ravel(plot.interval(ours[:, None])), ours.min(), ours.max())
+            f"{x:.{digits}f}" for x in (*scores.mean_interval(ours), ours.min(), ours.max())
         )
         cells = [f"{x:.{digits}f}" for x in ours]
         cells += [f"{mean} ({low} to {high})", f"{least} to {largest}"]
@@ -175,7 +175,7 @@ def draw(path: Path, curves: Curves, paper: Curves) -> None:
     for ax, names in ((left, list(CURVES)), (right, ["l_clip"])):
         for name in names:
             colour = plot.COLOURS[list(CURVES).index(name)]
-            mean, low, high = plot.interval(curves[name].T)
+            mean, low, high = scores.mean_interval(curves[name].T)
             ax.fill_between(ALPHAS, low, high, color=colour, alpha=0.2, linewidth=0)
             ax.plot(ALPHAS, mean, color=colour, linewidth=2)
             ax.plot(*paper[name], "--", color=colour, linewidth=1.2)
@@ -205,12 +205,14 @@ def draw(path: Path, curves: Curves, paper: Curves) -> None:
 def report(crowd: list[Args], config: dict, curves: Curves) -> None:
     """Write everything in RESULTS."""
     seeds = [args.seed for args in crowd]
-    rows = []
+    tables = []
     for i, seed in enumerate(seeds):
-        for j, alpha in enumerate(ALPHAS):
-            row = {"seed": seed, "alpha": f"{alpha:.3f}"}
-            rows.append(row | {name: f"{curve[j, i]:.6g}" for name, curve in curves.items()})
-    write_csv(RESULTS / "figure2.csv", rows)
+        table = pd.DataFrame({name: curve[:, i] for name, curve in curves.items()})
+        table = table.map(lambda x: f"{x:.6g}")
+        table.insert(0, "alpha", [f"{alpha:.3f}" for alpha in ALPHAS])
+        table.insert(0, "seed", seed)
+        tables.append(table)
+    pd.concat(tables).to_csv(RESULTS / "figure2.csv", index=False)
     paper = read_paper()
     draw(RESULTS / "figure2.png", curves, paper)
     versions = "; ".join(f"{name} {number}" for name, number in config["versions"].items())

@@ -16,39 +16,23 @@ Runs live in runs/grpo/ and may be interrupted, as those of benchmark/classic.py
 benchmark/results/grpo/: runs.csv, curves.csv, summary.md and a picture per ablation.
 """
 
-import json
-import re
-import shutil
+import itertools
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
+import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo_toy
-from benchmark import (
-    Parser,
-    UserError,
-    check_config,
-    classic,
-    cli,
-    git_commit,
-    machine,
-    markdown,
-    merge_runs,
-    plot,
-    positive,
-    read_csv,
-)
-from grpo_toy import END, Args, Task, parse_args, train
+from benchmark import Parser, cli, markdown, plot, scores, sweep
+from benchmark.sweep import numbers
+from grpo_toy import END, Args, Task
 
-ROOT = Path(__file__).resolve().parents[1]
-RUNS = Path("runs/grpo")  # below ROOT
-RESULTS = ROOT / "benchmark/results/grpo"
+RUNS = Path("runs/grpo")  # below sweep.ROOT
+RESULTS = sweep.ROOT / "benchmark/results/grpo"
 SEEDS = range(1, 6)
-POINTS = 100  # of a run in curves.csv, at most
 
 
 # ---------------------------------------------------------------------------------------------------------- RAMBLE
@@ -71,6 +55,15 @@ def ramble_task(letters: str = "ABCD", longest: int = 20) -> Task:
         verify_first,
         25_600,
     )
+
+
+# this file is a trainer (benchmark/sweep.py): grpo_toy.py with one task more
+parse_args = grpo_toy.parse_args
+UserError = grpo_toy.UserError
+
+
+def train(args: Args):
+    return grpo_toy.train(args, ramble_task() if args.task == "ramble" else None)
 
 
 # ------------------------------------------------------------------------------------------------------- ABLATIONS
@@ -157,184 +150,89 @@ ABLATIONS = {
 
 
 # ------------------------------------------------------------------------------------------------------------ RUNS
-class Key(NamedTuple):
-    """A run: of which ablation, with which value, from which seed."""
-
-    ablation: str
-    value: str
-    seed: int
-
-    def folder(self) -> Path:
-        """Below ROOT."""
-        return RUNS / self.ablation / self.value / str(self.seed)
-
-    def flags(self) -> str:
-        """Of grpo_toy.py."""
-        ablation = ABLATIONS[self.ablation]
-        return f"{ablation.flags} {ablation.values[self.value]} --seed {self.seed}".strip()
+COLUMNS = "ablation value seed flags task total_timesteps wall_seconds warmup_seconds k pass@1_before pass@k_before"
+COLUMNS += " pass@1_after pass@k_after started git_commit torch python cpu cores"
+LAYOUT = sweep.Layout(
+    key=("ablation", "value", "seed"),
+    columns=tuple(COLUMNS.split()),
+    curves={name: name for name in METRICS},
+    order={
+        "ablation": list(ABLATIONS),
+        "value": list(itertools.chain(*(ablation.values for ablation in ABLATIONS.values()))),
+    },
+    points=100,
+    thin=sweep.average,
+)
 
 
-def grid(ablations: list[str]) -> list[Key]:
-    return [
-        Key(name, value, seed)
-        for name in ablations
-        for value in ABLATIONS[name].values
-        for seed in SEEDS
-    ]
-
-
-def work(key: Key) -> None:
-    """--worker: the run itself; what it prints is not needed."""
-    args = parse_args([*key.flags().split(), "--run-dir", str(ROOT / key.folder())])
-    task = ramble_task() if args.task == "ramble" else None
-    if (ROOT / key.folder() / "config.json").exists():
-        args = Args(resume=args.run_dir)
-    try:
-        train(args, task)
-    except (grpo_toy.UserError, grpo_toy.NonFiniteError) as reason:
-        raise UserError(str(reason)) from reason
-
-
-def read_config(key: Key) -> dict:
-    """The config.json of a run. Raises UserError where there is none, or where it is not that of the run's flags."""
-    flags = vars(parse_args(key.flags().split()))
-    wanted = {
-        name: value for name, value in flags.items() if value is not None
-    }  # None: filled in by the script
-    return check_config(ROOT / key.folder(), wanted)
-
-
-def complete(key: Key) -> None:
-    """Start a run, go on with it, or leave it alone, whatever its folder asks for. Raises UserError where it fails."""
-    path = ROOT / key.folder()
-    if (path / "summary.json").exists():
-        return
-    if not (path / "config.json").exists():
-        shutil.rmtree(path, ignore_errors=True)  # stopped before its first file was whole
-    classic.execute([__file__, "--worker", *map(str, key)])
-
-
-def mean(cells: list[str]) -> float:
-    """Of the cells that are not empty; NaN of none."""
-    return np.mean([float(cell) for cell in cells if cell] or [np.nan]).item()
-
-
-def read_run(key: Key) -> tuple[dict, list[dict]]:
-    """A finished run's row of runs.csv and its rows of curves.csv, each the mean over a stretch of updates. Raises
-    UserError where a file does not fit."""
-    config, path, who = read_config(key), ROOT / key.folder(), key._asdict()
-    try:
-        (summary,) = json.loads((path / "summary.json").read_text())
-        wanted = "task total_timesteps wall_seconds warmup_seconds k "
-        wanted += "pass@1_before pass@k_before pass@1_after pass@k_after"
-        row = who | {"flags": key.flags()} | {name: summary[name] for name in wanted.split()}
-        versions = {name: config["versions"][name] for name in ("torch", "python")}
-        row |= {"started": config["started"], "git_commit": git_commit()} | versions | machine()
-        points, metrics = [], read_csv(path / "metrics.csv")
-        for stretch in np.array_split(np.arange(len(metrics)), min(POINTS, len(metrics))):
-            means = {name: mean([metrics[i][name] for i in stretch]) for name in METRICS}
-            shown = {name: "" if np.isnan(x) else f"{x:.6g}" for name, x in means.items()}
-            points.append(who | {"global_step": metrics[stretch[-1]]["global_step"]} | shown)
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise UserError(f"{key.folder()} cannot be reported: {reason!r}") from reason
-    return row, points
-
-
-def run_all(ablations: list[str], jobs: int) -> None:
-    """Complete all runs, `jobs` at a time, and put them into runs.csv and curves.csv, where those of other ablations
-    stay. One that fails does not stop the others; then UserError."""
-    keys = grid(ablations)
-    for key in keys:
-        if (ROOT / key.folder() / "config.json").exists():
-            read_config(key)  # refuse what could not be reported now, not after hours
-    classic.each(complete, keys, jobs)
-    merge_runs(RESULTS, list(map(read_run, keys)), "ablation", list(ABLATIONS))
+def calls(ablations: list[str]) -> list[sweep.Call]:
+    """A call for every value and seed of these."""
+    found = []
+    for name in ablations:
+        for value, seed in itertools.product(ABLATIONS[name].values, SEEDS):
+            flags = f"{ABLATIONS[name].flags} {ABLATIONS[name].values[value]} --seed {seed}".strip()
+            labels = {"ablation": name, "value": value, "flags": flags}
+            found.append(
+                sweep.script("benchmark.grpo", flags, RUNS / name / value / str(seed), labels)
+            )
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- REPORT
 def said(values: np.ndarray, form: str) -> str:
     """The mean of one number per seed, and its bootstrap 95% interval."""
-    ((middle,), (low,), (high,)) = plot.interval(values[:, None])
-    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+    mean, low, high = scores.mean_interval(values)
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
 
-def outcome(ablation: Ablation, points: list[dict], weights: Weights) -> dict[str, np.ndarray]:
-    """label -> the outcome of each seed."""
-    found = {}
-    for label in ablation.values:
-        for seed in sorted({point["seed"] for point in points}, key=int):
-            mine = [point for point in points if (point["value"], point["seed"]) == (label, seed)]
-            answers = np.diff(
-                [0.0, *(float(point["global_step"]) for point in mine)]
-            )  # in each stretch
-            parts = [
-                [weight * float(point[column] or "nan") for column, weight in weights]
-                for point in mine
-            ]
-            total = np.sum(
-                parts, axis=1
-            )  # NaN where a column is empty: lengths are compared within a stretch
-            seen = ~np.isnan(total)
-            found.setdefault(label, []).append(
-                np.average(total[seen], weights=answers[seen]).item()
-            )
-    return {label: np.array(values) for label, values in found.items()}
+def outcome(points: pd.DataFrame, weights: Weights) -> dict[str, np.ndarray]:
+    """label -> the outcome of each seed: the mean over the whole run, in which every answer weighs the same."""
+    runs = [points["value"], points["seed"].astype(int)]
+    steps = numbers(points["global_step"])
+    answers = steps.groupby(runs).diff().fillna(steps)  # in each stretch
+    # NaN where a column is empty: lengths are compared within a stretch
+    total = sum(weight * numbers(points[column]) for column, weight in weights)
+    means = (total * answers).groupby(runs).sum() / answers.where(total.notna()).groupby(runs).sum()
+    return {label: mine.to_numpy() for label, mine in means.groupby("value")}
 
 
-def table(ablation: Ablation, runs: list[dict], points: list[dict]) -> list[dict]:
+def table(ablation: Ablation, runs: pd.DataFrame, points: pd.DataFrame) -> list[dict]:
     """An ablation's rows of summary.md, from its rows of runs.csv and curves.csv."""
-    found, lines = (
-        {name: outcome(ablation, points, weights) for name, weights in ablation.outcomes.items()},
-        [],
-    )
-    for label in ablation.values:
-        mine = [run for run in runs if run["value"] == label]
-        numbers = {
-            name: np.array([float(run[name]) for run in mine])
-            for name in mine[0]
-            if re.match("pass|wall|warm", name)
-        }
-        line = {
-            "": label,
-            "flags": f"`{ablation.values[label]}`",
-            "answers": f"{int(mine[0]['total_timesteps']):,}",
-        }
+    found = {name: outcome(points, weights) for name, weights in ablation.outcomes.items()}
+    lines = []
+    for label, flags in ablation.values.items():
+        mine = runs[runs["value"] == label]
+        first = mine.iloc[0]
+        line = {"": label, "flags": f"`{flags}`", "answers": f"{int(first['total_timesteps']):,}"}
         for name, of_label in found.items():
             line[name] = said(of_label[label], ".3f")
             if ablation.default:
                 difference = (
                     of_label[label] - of_label[ablation.default]
                 )  # of one seed: the same first weights
-                _, (low,), (high,) = plot.interval(difference[:, None])
-                shown = f"{said(difference, '+.3f')}{', no difference seen' if low <= 0 <= high else ''}"
-                line[f"{name}: difference from {ablation.default}"] = (
-                    "" if label == ablation.default else shown
-                )
-        line["pass@1 before"] = f"{numbers['pass@1_before'].mean():.3f}"
-        line["pass@1 after"] = said(numbers["pass@1_after"], ".3f")
-        line["worst seed"] = f"{numbers['pass@1_after'].min():.3f}"
+                _, low, high = scores.mean_interval(difference)
+                shown = said(difference, "+.3f") + ", no difference seen" * bool(low <= 0 <= high)
+                column = f"{name}: difference from {ablation.default}"
+                line[column] = "" if label == ablation.default else shown
+        after = numbers(mine["pass@1_after"]).to_numpy()
+        line["pass@1 before"] = f"{numbers(mine['pass@1_before']).mean():.3f}"
+        line["pass@1 after"] = said(after, ".3f")
+        line["worst seed"] = f"{after.min():.3f}"
         for when in ("before", "after"):
-            line[f"pass@{mine[0]['k']} {when}"] = f"{numbers[f'pass@k_{when}'].mean():.3f}"
-        line["seconds"] = f"{np.median(numbers['wall_seconds']):.0f}"
-        line["of them warm-up"] = f"{np.median(numbers['warmup_seconds']):.0f}"
+            line[f"pass@{first['k']} {when}"] = f"{numbers(mine[f'pass@k_{when}']).mean():.3f}"
+        line["seconds"] = f"{numbers(mine['wall_seconds']).median():.0f}"
+        line["of them warm-up"] = f"{numbers(mine['warmup_seconds']).median():.0f}"
         lines.append(line)
     return lines
 
 
-def draw(path: Path, ablation: Ablation, points: list[dict]) -> None:
+def draw(path: Path, ablation: Ablation, points: pd.DataFrame) -> None:
     """A picture of one ablation: its three panels, all values in each."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(ablation.panels))
-    for ax, column in zip(axes, ablation.panels, strict=True):
-        seen = [point for point in points if point[column]]
-        curve = ((p["value"], p["seed"], float(p["global_step"]), float(p[column])) for p in seen)
-        plot.curves(ax, plot.gather(("", *point) for point in curve)[""], list(ablation.values))
-        ax.set_title(METRICS[column], fontsize="medium")
-        ax.set(xlabel="sampled answers", ylabel="")
-    count = len(ablation.values)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=count, frameon=False
-    )
+    titles = {column: METRICS[column] for column in ablation.panels}
+    figure = plot.side_by_side(points, titles, "value", list(ablation.values))
+    for ax in figure.axes:
+        ax.set_xlabel("sampled answers")
+    plot.legend(figure, "lower", ncols=len(ablation.values))
     figure.savefig(path, dpi=150)
 
 
@@ -353,45 +251,30 @@ no measurement of speed.
 
 def report() -> None:
     """Write summary.md and the pictures from the CSVs, always the same bytes. Raises OSError where there is none."""
-    runs, points = (read_csv(RESULTS / name) for name in ("runs.csv", "curves.csv"))
+    runs, points = (sweep.read(RESULTS / name) for name in ("runs.csv", "curves.csv"))
     text = "# GRPO: two tasks and some ablations\n\n"
-    for name in dict.fromkeys(run["ablation"] for run in runs):
-        ablation = ABLATIONS[name]
-        mine, curves = ([row for row in rows if row["ablation"] == name] for rows in (runs, points))
+    for name, mine in runs.groupby("ablation", sort=False):
+        ablation, curves = ABLATIONS[name], points[points["ablation"] == name]
         text += f"## {ablation.title}\n\n"
-        seeds = f"{mine[0]['seed']} to {mine[-1]['seed']}"
-        text += f"`{f'python grpo_toy.py {ablation.flags}'.strip()}`, seeds {seeds}.\n\n"
+        first, last = mine["seed"].iloc[[0, -1]]
+        text += f"`{f'python grpo_toy.py {ablation.flags}'.strip()}`, seeds {first} to {last}.\n\n"
         text += f"{markdown(table(ablation, mine, curves))}\n![{ablation.title}]({name}.png)\n\n"
         draw(RESULTS / f"{name}.png", ablation, curves)
-    days = sorted(run["started"][:10] for run in runs)
-    text += f"{NOTE.strip()}\n\n{' to '.join(dict.fromkeys((days[0], days[-1])))}"
-    for name in ("python", "torch", "git_commit", "cpu", "cores"):
-        text += f"; {name.replace('_', ' ')} {' and '.join(sorted({run[name] for run in runs}))}"
-    (RESULTS / "summary.md").write_text(text + "\n")
+    (RESULTS / "summary.md").write_text(f"{text}{NOTE.strip()}\n\n{sweep.describe(runs)}\n")
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(
         "Ablations of GRPO: baseline, group size, gradient steps per batch, KL penalty, aggregation."
     )
+    what = "which of them"
     parser.add_argument(
-        "--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), help="which of them"
+        "--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), help=what
     )
-    parser.add_argument(
-        "--jobs", type=positive, default=1, help="runs at a time, each on one thread"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="run nothing, write the report of the CSVs there are"
-    )
-    parser.add_argument(
-        "--worker", nargs=3, metavar=("ABLATION", "VALUE", "SEED"), help="one run, here and now"
-    )
+    sweep.add_flags(parser)
     args = parser.parse_args(argv)
-    if args.worker:
-        work(Key(args.worker[0], args.worker[1], int(args.worker[2])))
-        return
     if not args.report:
-        run_all(args.ablations, args.jobs)
+        sweep.complete(RESULTS, LAYOUT, calls(args.ablations), sweep.choose_engine(args))
     report()
     print(RESULTS / "summary.md")
 

@@ -4,46 +4,57 @@
     python benchmark/plot.py runs/CROWD/*         # all agents of a run of benchmark/lockstep.py
 
 One panel per environment; in it one line per objective, per script, or per pair of them, whichever
-differs between the runs. From Python: panels from read_runs (run folders) or read_curves (a small
-CSV), a picture from draw (a file) or curves (into axes of your own).
+differs between the runs. From Python: panels from read_runs (run folders) or gather (a curves.csv),
+a picture from draw (a file), side_by_side, or curves (into axes of your own).
 """
 
-import csv
+import io
+import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # made without pyplot, it draws with Agg: no display needed
 from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import Parser, UserError, cli, read_csv
+from benchmark import Parser, UserError, cli, scores
 
 # line -> (steps, returns) of each of its seeds
 Groups = dict[str, list[tuple[np.ndarray, np.ndarray]]]
 # safe for the colour-blind, the most different first, without the yellow that white paper swallows
 COLOURS = [color_sequences["okabe_ito"][i] for i in (5, 6, 3, 1, 7, 2, 0)]
 POINTS = 200
+RETURN = "charts/episodic_return"
 
 
-def gather(rows: Iterable[tuple[str, str, str, float, float]]) -> dict[str, Groups]:
-    """(panel, line, seed, step, return) -> panel -> line -> a curve per seed.
+def groups_of(points: pd.DataFrame, line: str, value: str) -> Groups:
+    """Rows of curves.csv -> the curves of a panel, in order of appearance, without empty cells.
 
-    Everything is in order of appearance.
+    line, value: the columns that tell lines apart, and that are drawn over global_step.
     """
-    points = {}
-    for panel, line, seed, step, ret in rows:
-        points.setdefault(panel, {}).setdefault(line, {}).setdefault(seed, []).append((step, ret))
+    numbers = {
+        "global_step": points["global_step"].astype(float),
+        value: pd.to_numeric(points[value]),
+    }
+    groups = {}
+    points = points.assign(**numbers).dropna(subset=[value])
+    for (label, _), curve in points.groupby([line, "seed"], sort=False):
+        groups.setdefault(label, []).append(tuple(curve[["global_step", value]].to_numpy().T))
+    return groups
+
+
+def gather(points: pd.DataFrame, panel: str, line: str, value: str) -> dict[str, Groups]:
+    """Rows of curves.csv -> groups_of() each panel, which a column tells apart."""
     panels = {}
-    for panel, lines in points.items():
-        panels[panel] = {}
-        for line, seeds in lines.items():
-            panels[panel][line] = [tuple(np.array(curve).T) for curve in seeds.values()]
+    for title, mine in points.groupby(panel, sort=False):
+        panels[title] = groups_of(mine, line, value)
     return panels
 
 
@@ -57,62 +68,36 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, Groups]:
     folders = [folder for folder in dict.fromkeys(map(Path, folders)) if not folder.is_file()]
     if not folders:
         raise UserError("there is no run folder to draw")
-    agents = {}  # (env_id, script, objective, seed) -> (folder, [(step, return), ...])
+    agents = {}  # (env_id, script, objective, seed) -> its folder
+    found = []
     for folder in folders:
         try:
             config = json.loads((folder / "config.json").read_text())
-            rows = read_csv(folder / "metrics.csv")
-            rows = [row for row in rows if None not in row.values()]  # None: being written
             where = config["args"].get("env_id") or config["args"]["task"]  # of grpo_toy.py
-            who = [(where, config["script"], row["objective"], row["seed"]) for row in rows]
-            returns = [float(row["charts/episodic_return"] or "nan") for row in rows]
-            points = [(int(row["global_step"]), x) for row, x in zip(rows, returns, strict=True)]
-        except (OSError, ValueError, KeyError, TypeError, csv.Error) as reason:
+            text = (folder / "metrics.csv").read_text()
+            text = text[: text.rfind("\n") + 1] or "seed"  # the last line may be being written
+            rows = pd.read_csv(io.StringIO(text), dtype={"seed": str, "objective": str})
+            if rows.empty:
+                raise UserError(f"{folder} has no metrics yet")
+            rows = rows[["global_step", "seed", "objective", RETURN]].astype({RETURN: float})
+        except (OSError, ValueError, KeyError, TypeError) as reason:
             what = f"{folder} is not a run folder with curves to draw"
             raise UserError(f"{what}: {reason!r}") from reason
-        if not rows:
-            raise UserError(f"{folder} has no metrics yet")
-        for key in dict.fromkeys(who):
-            mine = [point for k, point in zip(who, points, strict=True) if k == key]
-            curve = [point for point in mine if not math.isnan(point[1])]
-            if not curve:
-                what = f"no episode of seed {key[3]}, {key[2]}, has finished"
+        for (objective, seed), mine in rows.groupby(["objective", "seed"], sort=False):
+            if mine[RETURN].isna().all():
+                what = f"no episode of seed {seed}, {objective}, has finished"
                 raise UserError(f"{folder} has no metrics yet: {what}")
+            key = (where, config["script"], objective, seed)
             if key in agents:
-                what = f"{agents[key][0]} and {folder} are both"
-                what += f" {key[1]}.py on {key[0]}, {key[2]}, seed {key[3]}"
+                what = f"{agents[key]} and {folder} are both"
+                what += f" {key[1]}.py on {where}, {objective}, seed {seed}"
                 raise UserError(f"{what}; draw them in separate pictures")
-            agents[key] = folder, curve
-    differ = [part for part in (1, 2) if len({key[part] for key in agents}) > 1] or [2]
-    return gather(
-        (key[0], ", ".join(key[part] for part in differ), key[3], *point)
-        for key, (_, curve) in agents.items()
-        for point in curve
-    )
-
-
-def read_curves(path: Path, panel: str = "env_id", line: str = "objective") -> dict[str, Groups]:
-    """The curves of a CSV.
-
-    Its columns: seed, global_step, episodic_return and those that `panel` and `line` name.
-    """
-    names = panel, line, "seed"
-    return gather(
-        (*(row[name] for name in names), int(row["global_step"]), float(row["episodic_return"]))
-        for row in read_csv(path)
-    )
-
-
-def interval(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """returns [S seeds, P points] -> mean [P], and its bootstrap 95% interval: low [P], high [P].
-
-    The mean is over seeds. The same numbers at every call.
-    """
-    seeds = len(returns)
-    # how often each seed is drawn in each of 10,000 resamples: whole seeds, so that the points of a
-    # curve stay together
-    counts = np.random.default_rng(0).multinomial(seeds, [1 / seeds] * seeds, size=10_000)
-    return returns.mean(0), *np.percentile(counts @ returns / seeds, [2.5, 97.5], axis=0)
+            agents[key] = folder
+        found.append(rows.assign(env_id=where, script=config["script"]))
+    points = pd.concat(found)
+    differ = [name for name in ("script", "objective") if points[name].nunique() > 1]
+    line = points[differ or ["objective"]].agg(", ".join, axis=1)
+    return gather(points.assign(line=line), "env_id", "line", RETURN)
 
 
 def on_grid(seeds: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +124,7 @@ def curves(
     lines = list(lines or groups)
     for label, seeds in groups.items():
         steps, returns = on_grid(seeds)
-        mean, low, high = interval(returns)
+        mean, low, high = scores.mean_interval(returns)
         place = lines.index(label)
         colour, dashes = COLOURS[place % len(COLOURS)], ("-", "--", ":")[place // len(COLOURS) % 3]
         ax.plot(steps, mean, dashes, color=colour, linewidth=1.5, label=label)
@@ -152,30 +137,53 @@ def curves(
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def legend(figure: Figure, where: str, **style) -> None:
+    """One of all panels, below or above them, each line once."""
+    handles = {}
+    for ax in figure.axes:
+        handles |= {
+            label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+    figure.legend(handles.values(), handles, loc=f"outside {where} center", frameon=False, **style)
+
+
+def sheet(panels: int, columns: int, size: tuple[float, float], **options) -> tuple[Figure, list]:
+    """A figure and the axes of so many panels, of that size in inches each."""
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    for ax in axes[panels:]:
+        ax.remove()
+    return figure, list(axes[:panels])
+
+
+def side_by_side(
+    points: pd.DataFrame, columns: dict[str, str], line: str, lines: Sequence[str]
+) -> Figure:
+    """A panel for each column of curves.csv, under its title, with all lines in it."""
+    figure, axes = sheet(len(columns), len(columns), (10 / len(columns), 3.4))
+    for ax, (column, title) in zip(axes, columns.items(), strict=True):
+        curves(ax, groups_of(points, line, column), lines)
+        ax.set_title(title, fontsize="medium")
+        ax.set_ylabel("")
+    return figure
+
+
 def draw(path: str | Path, panels: dict[str, Groups], threshold: float | None = None) -> None:
     """One picture, a panel per environment and a legend where lines differ.
 
     Raises UserError where nothing can be drawn or written.
     """
-    lines = list(dict.fromkeys(label for groups in panels.values() for label in groups))
+    lines = list(dict.fromkeys(itertools.chain(*panels.values())))
     columns = min(len(panels), 4)
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(max(5, 3.6 * columns), 3.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax, (title, groups) in zip(axes, panels.items(), strict=False):
+    figure, axes = sheet(len(panels), columns, (max(5 / columns, 3.6), 3.2))
+    for ax, (title, groups) in zip(axes, panels.items(), strict=True):
         curves(ax, groups, lines, threshold)
         fewest, *_, most = sorted([len(seeds) for seeds in groups.values()] * 2)
         counts = f"{f'{fewest} to ' * (fewest < most)}{most} seed{'s' * (most > 1)}"
         ax.set_title(f"{title}, {counts}", fontsize="medium")
-    for ax in axes[len(panels) :]:
-        ax.remove()
     if len(lines) > 1:
-        handles = {}
-        for ax in figure.axes:
-            handles |= {handle.get_label(): handle for handle in ax.get_legend_handles_labels()[0]}
-        shown = [handles[label] for label in lines]
-        style = {"ncols": 3 * columns, "frameon": False, "fontsize": "small"}
-        figure.legend(handles=shown, loc="outside lower center", **style)
+        legend(figure, "lower", ncols=3 * columns, fontsize="small")
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as reason:  # no such folder or permission; no such format

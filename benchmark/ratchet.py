@@ -14,31 +14,21 @@ benchmark/results/ratchet/: runs.csv, curves.csv (every update of every run), su
 picture per experiment.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from matplotlib.figure import Figure
+import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import (
-    Parser,
-    UserError,
-    classic,
-    cli,
-    machine,
-    markdown,
-    merge_runs,
-    plot,
-    positive,
-    read_csv,
-)
+from benchmark import Parser, cli, markdown, plot, scores, sweep
+from benchmark.sweep import numbers
 
-ROOT = Path(__file__).resolve().parents[1]
-RUNS = Path("runs/ratchet")  # below ROOT
-RESULTS = ROOT / "benchmark/results/ratchet"
+RUNS = Path("runs/ratchet")  # below sweep.ROOT
+RESULTS = sweep.ROOT / "benchmark/results/ratchet"
+LUNAR = "--env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024"
+LUNAR += " --num-minibatches 256 --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01"
+LUNAR += " --learning-rate 0.001"
 
 
 class Experiment(NamedTuple):
@@ -49,12 +39,12 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {
     "cartpole": Experiment(
-        classic.TASKS["cartpole"].flags,
+        "",
         {"pg": "--update-epochs 1 --num-minibatches 1", "none": "", "clip:0.2": ""},
         range(1, 11),
     ),
     "lunarlander": Experiment(
-        classic.TASKS["lunarlander"].flags,
+        LUNAR,
         {"none": "", "clip:1.0": "", "clip:0.2": ""},
         range(1, 6),
     ),
@@ -65,94 +55,69 @@ NAMES = {  # what tables and legends say; the order gives the colours
     "pg": "policy gradient (pg)",
     "clip:1.0": "looser clip (clip:1.0)",
 }
-COLUMNS = {  # of metrics.csv -> of curves.csv, and what the picture says
-    "charts/episodic_return": ("episodic_return", "episodic return (last 100)"),
-    "losses/kl_after_update": ("kl_after_update", "KL[old, new] of an update"),
-    "losses/clipfrac": ("clipfrac", "clip fraction"),
+TITLES = {  # of the panels of a picture
+    "episodic_return": "episodic return (last 100)",
+    "kl_after_update": "KL[old, new] of an update",
+    "clipfrac": "clip fraction",
 }
+COLUMNS = "experiment objective seed command env_id total_timesteps wall_seconds sps"
+COLUMNS += " last_100_return eval_return_mean eval_return_std"
+COLUMNS += " started git_commit torch gymnasium python cpu cores"
+LAYOUT = sweep.Layout(
+    key=("experiment", "objective", "seed"),
+    columns=tuple(COLUMNS.split()),
+    curves={
+        "episodic_return": plot.RETURN,
+        "kl_after_update": "losses/kl_after_update",
+        "clipfrac": "losses/clipfrac",
+    },
+    order={"experiment": list(EXPERIMENTS), "objective": ["pg", "none", "clip:1.0", "clip:0.2"]},
+    points=1_000_000,  # every update
+)
 
 
-# ------------------------------------------------------------------------------------------ RUNS
-def command(name: str, objective: str, seed: int) -> list[str]:
-    """What follows `python` to start a run."""
-    flags, extra = EXPERIMENTS[name].flags, EXPERIMENTS[name].objectives[objective]
+def call(name: str, objective: str, seed: int) -> sweep.Call:
+    experiment = EXPERIMENTS[name]
+    flags = f"{experiment.flags} --objective {objective} {experiment.objectives[objective]}"
     folder = RUNS / name / objective.replace(":", "-") / str(seed)
-    words = f"ppo_cartpole.py {flags} --objective {objective} {extra}"
-    return f"{words} --seed {seed} --run-dir {folder}".split()
+    return sweep.script("ppo_cartpole", f"{flags} --seed {seed}", folder, {"experiment": name})
 
 
-def read_run(name: str, objective: str, seed: int) -> tuple[dict, list[dict]]:
-    """A finished run's row of runs.csv and its rows of curves.csv.
-
-    Raises UserError where a file does not fit.
-    """
-    who = {"experiment": name, "objective": objective, "seed": seed}
-    words = command(name, objective, seed)
-    config, path = classic.read_config(words), ROOT / words[-1]
-    try:
-        (summary,) = json.loads((path / "summary.json").read_text())
-        wanted = "env_id total_timesteps wall_seconds sps last_100_return"
-        wanted += " eval_return_mean eval_return_std"
-        row = who | {"command": f"python {' '.join(words)}"}
-        row |= {column: summary[column] for column in wanted.split()}
-        points = []
-        for metrics in read_csv(path / "metrics.csv"):
-            point = who | {"global_step": metrics["global_step"]}
-            for column, (short, _) in COLUMNS.items():
-                point[short] = f"{float(metrics[column]):.6g}"
-            points.append(point)
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise UserError(f"{words[-1]} cannot be reported: {reason!r}") from reason
-    return row | classic.provenance(config) | machine(), points
-
-
-def run_all(jobs: int) -> None:
-    """Complete all runs and write runs.csv and curves.csv. Raises UserError."""
-    runs = [
-        (name, o, seed) for name, e in EXPERIMENTS.items() for o in e.objectives for seed in e.seeds
-    ]
-    classic.complete_commands([command(*run) for run in runs], jobs)
-    merge_runs(RESULTS, [read_run(*run) for run in runs], "experiment", list(EXPERIMENTS))
+def calls() -> list[sweep.Call]:
+    found = []
+    for name, experiment in EXPERIMENTS.items():
+        for objective in experiment.objectives:
+            found += [call(name, objective, seed) for seed in experiment.seeds]
+    return found
 
 
 # ---------------------------------------------------------------------------------------- REPORT
-def summarise(objective: str, runs: list[dict], points: list[dict]) -> dict:
+def summarise(objective: str, runs: pd.DataFrame, points: pd.DataFrame) -> dict:
     """An objective's row of summary.md, from its rows of runs.csv and curves.csv."""
-    last = np.array([float(run["last_100_return"]) for run in runs])
-    evaluated = np.array([float(run["eval_return_mean"]) for run in runs])
-    kl = np.array([float(point["kl_after_update"]) for point in points])
-    clipped = np.array([float(point["clipfrac"]) for point in points])
-    ((mean,), (low,), (high,)) = plot.interval(last[:, None])
+    last, evaluated = numbers(runs["last_100_return"]), numbers(runs["eval_return_mean"])
+    kl, clipped = numbers(points["kl_after_update"]), numbers(points["clipfrac"])
+    mean, low, high = scores.mean_interval(last.to_numpy())
     return {
         "objective": NAMES[objective],
         "seeds": len(runs),
         "last 100, mean (95% interval)": f"{mean:.1f} ({low:.1f} to {high:.1f})",
         "last 100, worst seed": f"{last.min():.1f}",
         "evaluation, mean": f"{evaluated.mean():.1f}",
-        "KL of an update, median": f"{np.median(kl):.2g}",
+        "KL of an update, median": f"{kl.median():.2g}",
         "KL, largest": f"{kl.max():.2g}",
         "clip fraction, mean": f"{clipped.mean():.2g}",
     }
 
 
-def draw(path: Path, points: list[dict]) -> None:
+def draw(path: Path, points: pd.DataFrame) -> None:
     """A picture of one experiment: return, KL and clip fraction, all objectives in each."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(COLUMNS))
-    for ax, (column, label) in zip(axes, COLUMNS.values(), strict=True):
-        curve = (
-            (NAMES[p["objective"]], p["seed"], float(p["global_step"]), float(p[column]))
-            for p in points
-        )
-        plot.curves(ax, plot.gather(("", *point) for point in curve)[""], list(NAMES.values()))
-        ax.set_title(label, fontsize="medium")
-        ax.set_ylabel("")
-    axes[1].set_yscale("log")
+    points = points.assign(objective=points["objective"].map(NAMES))
+    figure = plot.side_by_side(points, TITLES, "objective", list(NAMES.values()))
+    kl = figure.axes[1]
+    kl.set_yscale("log")
     floor = 1e-7  # what is smaller is rounding: log-probabilities are float32
-    axes[1].set_ylim(bottom=max(floor, axes[1].get_ylim()[0]))
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-    )
+    kl.set_ylim(bottom=max(floor, kl.get_ylim()[0]))
+    plot.legend(figure, "lower", ncols=3)
     figure.savefig(path, dpi=150)
 
 
@@ -174,34 +139,30 @@ def report() -> None:
 
     Raises OSError where there is none.
     """
-    runs, points = (read_csv(RESULTS / name) for name in ("runs.csv", "curves.csv"))
+    runs, points = (sweep.read(RESULTS / name) for name in ("runs.csv", "curves.csv"))
     text = "# The ratchet: with the clip and without it\n\n"
-    for name in dict.fromkeys(run["experiment"] for run in runs):
-        mine = [run for run in runs if run["experiment"] == name]
-        curves = [point for point in points if point["experiment"] == name]
-        table, text = [], text + f"## {mine[0]['env_id']}\n\n"
-        for objective in dict.fromkeys(run["objective"] for run in mine):
-            its_runs = [run for run in mine if run["objective"] == objective]
-            its_points = [point for point in curves if point["objective"] == objective]
+    for name, mine in runs.groupby("experiment", sort=False):
+        curves = points[points["experiment"] == name]
+        text += f"## {mine['env_id'].iloc[0]}\n\n"
+        table = []
+        for objective, its_runs in mine.groupby("objective", sort=False):
+            its_points = curves[curves["objective"] == objective]
             table.append(summarise(objective, its_runs, its_points))
-            words = its_runs[0]["command"].partition(" --seed ")[0]
-            text += f"    {words} --seed S  # S = {its_runs[0]['seed']} to {its_runs[-1]['seed']}\n"
+            command = its_runs["command"].iloc[0].partition(" --seed ")[0]
+            first, last = its_runs["seed"].iloc[[0, -1]]
+            text += f"    {command} --seed S  # S = {first} to {last}\n"
         draw(RESULTS / f"{name}.png", curves)
         text += f"\n{markdown(table)}\n![Return, KL and clip fraction]({name}.png)\n\n"
-    (RESULTS / "summary.md").write_text(f"{text}{NOTE.strip()}\n\n{classic.describe(runs)}\n")
+    text += f"{NOTE.strip()}\n\n{sweep.describe(runs, 'gymnasium')}\n"
+    (RESULTS / "summary.md").write_text(text)
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("The ratchet plot: training with the clip and without it.")
-    parser.add_argument(
-        "--jobs", type=positive, default=1, help="runs at a time; more than one disturbs wall times"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="run nothing, write the report of the CSVs there are"
-    )
+    sweep.add_flags(parser)
     args = parser.parse_args(argv)
     if not args.report:
-        run_all(args.jobs)
+        sweep.complete(RESULTS, LAYOUT, calls(), sweep.choose_engine(args))
     report()
     print(RESULTS / "summary.md")
 

@@ -45,15 +45,15 @@ DETAILS = {  # the thirteen core details of Huang et al. (2022), and where each 
 
 def details() -> str:
     """The table of details, and in which line of each script its marker stands."""
-    rows = [f"| n | detail | {' | '.join(SCRIPTS)} | from |", "|---" * (3 + len(SCRIPTS)) + "|"]
+    rows = []
     for n, (what, source) in DETAILS.items():
-        places = []
+        row = {"n": n, "detail": what}
         for script in SCRIPTS:
             lines = enumerate((ROOT / script).read_text().splitlines(), 1)
             found = [i for i, line in lines if f"[detail {n}]" in line]
-            places.append(", ".join(f"[{i}]({script}#L{i})" for i in found))
-        rows.append(f"| {n} | {what} | {' | '.join(places)} | {source} |")
-    return "\n".join(rows)
+            row[script] = ", ".join(f"[{i}]({script}#L{i})" for i in found)
+        rows.append(row | {"from": source})
+    return markdown(rows).strip()
 
 
 def result(path: str) -> Callable[[], str]:

@@ -31,6 +31,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -49,8 +50,9 @@ from benchmark import (
     markdown,
     positive,
     read_csv,
-    write_csv,
+    sweep,
 )
+from benchmark.sweep import numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results/speed"
@@ -455,80 +457,71 @@ def measure(suite: str, key: str, total_timesteps: int, threads: int) -> dict:
     return json.loads(done.stdout)
 
 
-def table(suite: Suite, rows: list[dict]) -> list[dict]:
+def speeds_of(rows: pd.DataFrame, title: str) -> np.ndarray:
+    """The steps per second of a contestant, round by round."""
+    return numbers(rows["steps_per_second"][rows["contestant"] == title]).to_numpy()
+
+
+def table(suite: Suite, rows: pd.DataFrame) -> list[dict]:
     """Rows of SUITE.csv -> rows of SUITE.md.
 
     Medians over the rounds, of speeds and of ratios within a round.
     """
-    measured, speeds = {}, {}
-    peer = suite.contestants[suite.peer].title
-    for row in rows:
-        measured.setdefault(row["contestant"], []).append(row)
-    for title, mine in measured.items():
-        speeds[title] = np.array([row["steps_per_second"] for row in mine])
     lines = []
+    peer = suite.contestants[suite.peer].title
     for contestant in suite.contestants.values():
-        title = contestant.title
-        if title not in measured:
+        mine = rows[rows["contestant"] == contestant.title]
+        if mine.empty:
             continue
-        mine = measured[title]
-        first = [row["first_update_seconds"] for row in mine]
-        first = [seconds for seconds in first if seconds is not None]
+        speeds, peers = speeds_of(rows, contestant.title), speeds_of(rows, peer)
         shown = ""
-        if peer in speeds:
-            ratios = speeds[title] / speeds[peer]
+        if len(peers):
+            ratios = speeds / peers
             shown = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
-        speed = np.median(speeds[title])
-        memory = np.median([row["memory_gb"] for row in mine])
+        speed = np.median(speeds)
+        first = numbers(mine["first_update_seconds"]).median()
         line = {
-            "contestant": title,
-            "torch threads": mine[0]["threads"],
+            "contestant": contestant.title,
+            "torch threads": mine["threads"].iloc[0],
             "steps/s": f"{speed:,.0f}",
             "per agent": f"{speed / contestant.agents:,.0f}",
             "per core": f"{speed / contestant.cores:,.0f}" if contestant.cores else "",
             f"times {peer}": shown,
-            "first update, s": f"{np.median(first):.1f}" if first else "",
-            "memory, GB": f"{memory:.1f}",
+            "first update, s": "" if np.isnan(first) else f"{first:.1f}",
+            "memory, GB": f"{numbers(mine['memory_gb']).median():.1f}",
         }
         lines.append(line)
     return lines
 
 
-def of_ceiling(suite: Suite, rows: list[dict]) -> str:
+def of_ceiling(suite: Suite, rows: pd.DataFrame) -> str:
     """How near the first contestant comes to 1 / (1/x + 1/y), round by round.
 
     x and y: the speeds of its parts.
     """
-
-    def speeds(key: str) -> np.ndarray:
-        mine = [row for row in rows if row["contestant"] == suite.contestants[key].title]
-        return np.array([row["steps_per_second"] for row in mine])
-
-    first = speeds(next(iter(suite.contestants)))
-    parts = [speeds(key) for key in suite.parts]
-    share = first * sum(1 / part for part in parts)
-    titles = " and ".join(f"'{suite.contestants[key].title}'" for key in suite.parts)
+    first = speeds_of(rows, next(iter(suite.contestants.values())).title)
+    parts = [suite.contestants[key].title for key in suite.parts]
+    share = first * sum(1 / speeds_of(rows, title) for title in parts)
     said = f"{np.median(share):.0%} ({share.min():.0%} to {share.max():.0%})"
     return (
         " A loop that does one thing at a time can reach 1 / (1/x + 1/y), x and y the speeds of "
-        f"its parts, here {titles}; the first row reaches {said} of that."
+        f"its parts, here {' and '.join(map(repr, parts))}; the first row reaches {said} of that."
     )
 
 
-def report(name: str, rows: list[dict]) -> str:
-    """SUITE.md from the rows of SUITE.csv."""
+def report(name: str, rows: pd.DataFrame) -> str:
+    """SUITE.md from SUITE.csv, cells as text."""
     suite = SUITES[name]
-    seen = {row["contestant"] for row in rows}
-    rounds = len({row["round"] for row in rows})
-    note = f"{suite.note} Medians of {rounds} rounds, ratios within a round (in brackets the "
-    note += "smallest and the largest); steps/s after the first update, which contains "
-    note += "compilation, from an empty cache; memory is the peak."
-    if suite.parts and {suite.contestants[key].title for key in suite.parts} < seen:
+    there = set(rows["contestant"])
+    note = f"{suite.note} Medians of {rows['round'].nunique()} rounds, ratios within a round (in "
+    note += "brackets the smallest and the largest); steps/s after the first update, which "
+    note += "contains compilation, from an empty cache; memory is the peak."
+    if suite.parts and {suite.contestants[key].title for key in suite.parts} < there:
         note += of_ceiling(suite, rows)
-    if "sbx" in suite.default and suite.contestants["sbx"].title not in seen:
+    if "sbx" in suite.default and suite.contestants["sbx"].title not in there:
         note += " SBX was not installed."
-    about = list(rows[0])[list(rows[0]).index("started") :]
-    said = "; ".join(f"{key.replace('_', ' ')} {rows[0][key]}" for key in about)
+    about = rows.loc[0, "started":]
+    said = "; ".join(f"{key.replace('_', ' ')} {cell}" for key, cell in about.items())
     note = textwrap.fill(note, 120)
     return f"# Speed: {name}\n\n{note}\n\n{said}\n\n{markdown(table(suite, rows))}"
 
@@ -555,7 +548,8 @@ def compare(name: str, keys: list[str], rounds: int, total_timesteps: int, threa
                 row = {"round": i + 1, "contestant": contestant.title, "total_timesteps": steps}
                 rows.append(row | measure(name, key, steps, threads) | about)
                 bar.update()
-    write_csv(RESULTS / f"{name}.csv", rows)
+    sweep.write(RESULTS / f"{name}.csv", pd.DataFrame(rows))
+    rows = sweep.read(RESULTS / f"{name}.csv")
     (RESULTS / f"{name}.md").write_text(report(name, rows))
     print(markdown(table(suite, rows)), end="")
 

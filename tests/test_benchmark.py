@@ -1,5 +1,6 @@
 """benchmark/: plot.py, classic.py and speed.py, at toy size."""
 
+import ast
 import csv
 import json
 import re
@@ -10,12 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 import benchmark
 import ppo_cartpole
-from benchmark import UserError, classic, git_commit, lockstep, plot, read_csv, speed
+from benchmark import UserError, classic, git_commit, lockstep, plot, read_csv, scores, speed, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = "--total-timesteps 4096 --num-envs 4 --num-steps 64 --num-minibatches 8 --eval-episodes 1"
@@ -63,6 +65,24 @@ def write_run(
         for update, (step, ret) in enumerate(rows, 1):
             writer.writerows([update, step, seed, objective, ret] for seed, objective in agents)
     return folder
+
+
+# ---------------------------------------------------------------------------------------- ARROWS
+SHARED = {"lockstep": set(), "scores": set(), "sweep": set(), "plot": {"scores"}}
+SHARED["mujoco"] = {"sweep", "lockstep"}
+FILES = sorted(path.stem for path in (ROOT / "benchmark").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_is_imported_from_a_table(name):
+    """Tables and figures -> mujoco, sweep, scores, plot -> lockstep -> the scripts."""
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / f"benchmark/{name}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "benchmark":
+            imported |= {alias.name for alias in node.names} & set(FILES)
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("benchmark."):
+            imported.add(node.module.removeprefix("benchmark."))
+    assert imported <= SHARED.get(name, set(SHARED))
 
 
 # -------------------------------------------------------------------------------------- VERSIONS
@@ -206,26 +226,35 @@ def test_curves_never_extrapolate_and_colour_by_place():
 
 def test_interval_is_the_bootstrap_of_the_mean_over_seeds():
     returns = np.array([[0.0, 5.0, 1.0], [10.0, 5.0, 2.0], [20.0, 5.0, 9.0], [30.0, 5.0, 4.0]])
-    mean, low, high = plot.interval(returns)
+    mean, low, high = scores.mean_interval(returns)
     assert np.array_equal(mean, [15, 5, 4])
     assert (low <= mean).all() and (mean <= high).all() and low[1] == high[1] == 5
-    assert np.array_equal(plot.interval(returns), (mean, low, high))
+    assert np.array_equal(scores.mean_interval(returns), (mean, low, high))
     # exactly: all 4^4 resamples of the first column, of which 2.5% lie at or below 5, and 2.5% at
     # or above 25
     resampled = np.stack(np.meshgrid(*[returns[:, 0]] * 4)).reshape(4, -1).mean(0)
     assert np.allclose((low[0], high[0]), np.percentile(resampled, [2.5, 97.5]), atol=2.5)
-    assert np.array_equal(plot.interval(returns[:1]), [returns[0]] * 3)  # one seed has no interval
+    assert np.array_equal(
+        scores.mean_interval(returns[:1]), [returns[0]] * 3
+    )  # one seed has no interval
 
 
 # --------------------------------------------------------------------------------------- CLASSIC
-def test_first_step_at_threshold_needs_a_hundred_episodes():
-    returns = {"10": "", "20": "600", "30": "475", "40": "474.9", "50": "475.0", "60": "500"}
-    metrics = [{"global_step": step, "charts/episodic_return": x} for step, x in returns.items()]
-    early = [{"global_step": "15"}] * 99
-    assert classic.first_step_at_threshold(metrics, [*early, {"global_step": "31"}], 475) == 50
-    assert classic.first_step_at_threshold(metrics, [*early, {"global_step": "30"}], 475) == 30
-    assert classic.first_step_at_threshold(metrics, early, 475) is None
-    assert classic.first_step_at_threshold(metrics, early * 2, 601) is None
+def test_first_step_at_threshold_needs_a_hundred_episodes(tmp_path):
+    returns = {10: np.nan, 20: 600, 30: 475, 40: 474.9, 50: 475.0, 60: 500}
+    metrics = pd.DataFrame(returns.items(), columns=["global_step", plot.RETURN])
+
+    def first_step(ends: list[int], threshold: float | None) -> int | None:
+        pd.DataFrame({"global_step": ends}).to_csv(tmp_path / "episodes.csv")
+        found = sweep.first_step_at_threshold({"threshold": threshold}, metrics, tmp_path)
+        return found["first_step_at_threshold"]
+
+    early = [15] * 99
+    assert first_step([31, *early], 475) == 50
+    assert first_step([30, *early], 475) == 30
+    assert first_step(early, 475) is None
+    assert first_step(early * 2, 601) is None
+    assert first_step(early * 2, None) is None
 
 
 def test_report_is_the_same_bytes_again(toy, two_runs):
@@ -250,15 +279,14 @@ def test_report_is_the_same_bytes_again(toy, two_runs):
         names = "wall_seconds sps last_100_return eval_return_mean total_timesteps"
         for name in names.split():
             assert float(row[name]) == summary[name]
-        metrics = {
-            m["global_step"]: m["charts/episodic_return"]
-            for m in read_csv(root / f"runs/toy/{seed}/metrics.csv")
-        }
-        points = [
-            point for point in read_csv(root / "results/curves.csv") if point["seed"] == str(seed)
-        ]
+        metrics = read_csv(root / f"runs/toy/{seed}/metrics.csv")
+        returns = {row["global_step"]: row[plot.RETURN] for row in metrics}
+        points = read_csv(root / "results/curves.csv")
+        points = [point for point in points if point["seed"] == str(seed)]
         assert 2 <= len(points) <= 100
-        assert all(metrics[p["global_step"]] == p["episodic_return"] for p in points)
+        for point in points:
+            expected = f"{float(returns[point['global_step']]):.6g}"
+            assert point["episodic_return"] == expected
     text = (root / "results/summary.md").read_text()
     reached = sum(bool(row["first_step_at_threshold"]) for row in rows)
     assert f"| toy | CartPole-v1 | 20 | {reached} of 2 |" in text
@@ -294,18 +322,20 @@ def test_report_refuses_what_it_cannot_vouch_for(toy, two_runs):
         classic.main([])
     toy(TOY)
     (root / "runs/toy/2/summary.json").write_text("[]")
-    with pytest.raises(UserError, match="toy/2 cannot be reported"):
+    with pytest.raises(UserError, match=r"1 of 2 calls failed: \S*toy/2 cannot be collected"):
         classic.main([])
+    assert [row["seed"] for row in read_csv(root / "results/runs.csv")] == ["1"]
+    assert not (root / "results/summary.md").exists()
+    shutil.rmtree(root / "results")
     with pytest.raises(FileNotFoundError):
         classic.main(["--report"])
-    assert not (root / "results").exists()
 
 
 def test_classic_continues_skips_and_restarts(toy):
     """Seed 1 is killed in mid-run, seed 2 died before its config.json, seed 3 has finished."""
     root = toy(LONGER, seeds=range(1, 4))
     folders = {seed: root / "runs/toy" / str(seed) for seed in (1, 2, 3)}
-    command = [sys.executable, *classic.command("toy", 1)]
+    command = [sys.executable, *classic.call("toy", 1).command.split()[1:]]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     give_up = time.monotonic() + 30
     while not (folders[1] / "checkpoint.pt").exists() and time.monotonic() < give_up:
@@ -318,24 +348,25 @@ def test_classic_continues_skips_and_restarts(toy):
     folders[2].mkdir()
     (folders[2] / "config.json.tmp").write_text("{")
     folders[3].mkdir()
-    for name in ("config.json", "summary.json"):  # what is skipped is not even opened for training
-        (folders[3] / name).write_bytes(started if name == "config.json" else b"[]")
     (folders[3] / "config.json").write_bytes(started.replace(b'"seed": 1', b'"seed": 3'))
+    (folders[3] / "summary.json").write_bytes(b"[]")  # what is skipped is not opened for training
 
-    classic.complete_commands([classic.command("toy", seed) for seed in (1, 2, 3)], jobs=1)
+    with pytest.raises(UserError, match=r"1 of 3 calls failed: \S*toy/3 cannot be collected"):
+        classic.main([])
     assert (folders[1] / "config.json").read_bytes() == started  # continued, not started again
     assert len(read_csv(folders[1] / "metrics.csv")) == 64 > done_before
     assert (folders[2] / "summary.json").exists() and not (folders[2] / "config.json.tmp").exists()
     assert (folders[3] / "summary.json").read_bytes() == b"[]"
     assert len(list(folders[3].iterdir())) == 2
+    assert [row["seed"] for row in read_csv(root / "results/runs.csv")] == ["1", "2"]
 
 
 def test_classic_says_why_a_run_failed(toy):
     root = toy(TOY + " --env-id NoSuch-v0", seeds=range(1, 2))
-    what = r"1 of 1 runs failed: .* ended with code 2: error: cannot make"
-    with pytest.raises(UserError, match=what):
+    with pytest.raises(UserError, match=r"1 of 1 calls failed: .*toy/1 failed: cannot make"):
         classic.main([])
-    assert not (root / "results").exists()
+    assert "cannot make" in (root / "runs/toy/1.log").read_text()
+    assert not list((root / "results").iterdir())
 
 
 def test_walltime_measures_whole_processes(toy, monkeypatch):
@@ -431,7 +462,7 @@ def test_speed_takes_ratios_within_a_round_and_shares_among_agents_and_cores():
             row = {"contestant": suite.contestants[key].title, "threads": 1, "memory_gb": 0.5}
             row |= {"steps_per_second": steps_per_second, "first_update_seconds": None}
             rows.append(row)
-    ours, theirs = speed.table(suite, rows)
+    ours, theirs = speed.table(suite, pd.DataFrame(rows))
     assert ours["times Stable-Baselines3 PPO"] == "3.30 (3.30 to 9.90)"
     assert ours["steps/s"] == "6,600"
     assert ours["per agent"] == "200" and ours["per core"] == f"{6600 / speed.CORES:,.0f}"
@@ -445,7 +476,7 @@ def test_speed_tells_how_near_the_ceiling_is():
     for key, mine in speeds.items():
         title = suite.contestants[key].title
         rows += [{"contestant": title, "steps_per_second": x} for x in mine]
-    said = speed.of_ceiling(suite, rows)
+    said = speed.of_ceiling(suite, pd.DataFrame(rows))
     assert said.endswith("the first row reaches 90% (80% to 100%) of that.")
     assert "here '8 environments alone, EnvPool' and 'ppo_atari.py without environments'; " in said
 

@@ -3,12 +3,12 @@
 import json
 import shutil
 
-import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import grpo_toy
-from benchmark import UserError, grpo, read_csv
+from benchmark import UserError, grpo, read_csv, sweep
 
 SMALL = "--total-timesteps 32 --num-prompts 2 --group-size 4 --eval-prompts 4 --pass-k 2"
 
@@ -72,16 +72,16 @@ VARIES["group-size"] = {"group_size", "num_prompts"}
 
 
 def test_the_flags_of_every_run_are_those_of_the_script_and_differ_within_an_ablation():
-    keys = grpo.grid(list(grpo.ABLATIONS))
-    assert len(keys) == 5 * (2 + 4 + 5 + 4 + 5 + 3)
-    assert len({key.folder() for key in keys}) == len(keys)
+    calls = grpo.calls(list(grpo.ABLATIONS))
+    assert len(calls) == 5 * (2 + 4 + 5 + 4 + 5 + 3)
+    assert len({call.path for call in calls}) == len(calls)
     for name, ablation in grpo.ABLATIONS.items():
         assert set(ablation.panels) <= set(grpo.METRICS)
         if ablation.default is None:
             continue
         runs = []
-        for value in ablation.values:
-            args = grpo_toy.parse_args(grpo.Key(name, value, 1).flags().split())
+        for flags in ablation.values.values():
+            args = grpo_toy.parse_args(f"{ablation.flags} {flags} --seed 1".split())
             task = grpo.ramble_task() if args.task == "ramble" else grpo_toy.TASKS[args.task]()
             grpo_toy.check_args(args, task)
             runs.append(args)
@@ -99,9 +99,13 @@ def small(monkeypatch, tmp_path):
     """Two ablations of two seeds of toy runs, in this process; gives the list of runs started."""
     started = []
 
-    def execute(arguments):
-        started.append(arguments[2:])
-        grpo.main(arguments[1:])
+    def local(calls, layout, tick, jobs):
+        for call in calls:
+            started.append(call)
+            try:
+                yield call, sweep.work(call, layout)
+            except UserError as reason:
+                yield call, reason
 
     few = {"mu": ["mu=1", "mu=2"], "aggregation": ["grpo", "dapo"]}
     for name, values in few.items():
@@ -110,9 +114,9 @@ def small(monkeypatch, tmp_path):
         small = ablation._replace(flags=f"{ablation.flags} {SMALL}", values=kept)
         monkeypatch.setitem(grpo.ABLATIONS, name, small)
     monkeypatch.setattr(grpo, "SEEDS", range(1, 3))
-    monkeypatch.setattr(grpo, "ROOT", tmp_path)
+    monkeypatch.setattr(grpo, "RUNS", tmp_path / "runs/grpo")
     monkeypatch.setattr(grpo, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(grpo.classic, "execute", execute)
+    monkeypatch.setattr(sweep, "local", local)
     return started
 
 
@@ -162,11 +166,11 @@ def test_an_interrupted_run_goes_on_and_one_with_other_flags_is_refused(
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(UserError, match="1 of 4 runs failed: the disk is full"),
+        pytest.raises(UserError, match=r"1 of 4 calls failed: .*grpo/1 failed: the disk is full"),
     ):
         patch.setattr(grpo_toy, "update", update)
         grpo.main(["--ablations", "aggregation"])
-    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "results/summary.md").exists()
     grpo.main(["--ablations", "aggregation"])
     assert (tmp_path / "results/summary.md").exists()
     config = tmp_path / "runs/grpo/aggregation/dapo/2/config.json"
@@ -179,7 +183,7 @@ def test_an_interrupted_run_goes_on_and_one_with_other_flags_is_refused(
     assert len(small) == count
     shutil.rmtree(config.parent)
     with pytest.raises(UserError, match=r"no config.json"):
-        grpo.read_run(grpo.Key("aggregation", "dapo", 2))
+        sweep.collect(grpo.calls(["aggregation"])[-1], grpo.LAYOUT)
 
 
 def test_a_failed_run_is_named_and_the_others_are_made(small, monkeypatch, tmp_path):
@@ -187,7 +191,9 @@ def test_a_failed_run_is_named_and_the_others_are_made(small, monkeypatch, tmp_p
     monkeypatch.setitem(
         grpo.ABLATIONS, "mu", broken._replace(values=broken.values | {"mu=0": "--num-iterations 0"})
     )
-    with pytest.raises(UserError, match=r"2 of 6 runs failed: --num-iterations must be between 1"):
+    with pytest.raises(
+        UserError, match=r"2 of 6 calls failed: .*failed: --num-iterations must be between 1"
+    ):
         grpo.main(["--ablations", "mu"])
     assert len(list(tmp_path.glob("runs/grpo/mu/*/*/summary.json"))) == 4
 
@@ -219,7 +225,8 @@ def test_outcomes_and_differences_by_hand():
             {"value": value, "seed": seed, "k": "16", "total_timesteps": "9"} | seconds | passes
         )
     wrong_minus_right, *_ = names = list(ablation.outcomes)
-    found = grpo.outcome(ablation, points, ablation.outcomes[wrong_minus_right])
+    points, runs = pd.DataFrame(points), pd.DataFrame(runs)
+    found = grpo.outcome(points, ablation.outcomes[wrong_minus_right])
     assert {label: values.tolist() for label, values in found.items()} == {
         "grpo": [5, 4],
         "dapo": [0, 0],
@@ -229,21 +236,15 @@ def test_outcomes_and_differences_by_hand():
     assert first[wrong_minus_right] == "4.500 (4.000 to 5.000)" and first[difference] == ""
     assert second[difference] == "-4.500 (-5.000 to -4.000)"
     assert names[1] == "share of right answers" and second[names[1]] == "0.250 (0.250 to 0.250)"
-    same = grpo.table(
-        ablation,
-        runs,
-        [point | {"value": value} for value in ablation.values for point in points[:4]],
-    )
+    mine = points[points["value"] == "grpo"]
+    same = grpo.table(ablation, runs, pd.concat([mine, mine.assign(value="dapo")]))
     assert same[1][difference] == "+0.000 (+0.000 to +0.000), no difference seen"
-    assert np.isnan(grpo.mean(["", ""])) and grpo.mean(["1", "", "3"]) == 2
 
 
 def test_every_sampled_answer_weighs_the_same():
-    ablation = grpo.ABLATIONS["mu"]._replace(values={"mu=2": ""})
     points = [
         {"value": "mu=2", "seed": "1", "global_step": step, "frac_right": x}
         for step, x in (("3", "0"), ("4", "1"))
     ]
-    assert grpo.outcome(ablation, points, grpo.RIGHT["share of right answers"])[
-        "mu=2"
-    ].tolist() == [0.25]
+    found = grpo.outcome(pd.DataFrame(points), grpo.RIGHT["share of right answers"])
+    assert found["mu=2"].tolist() == [0.25]

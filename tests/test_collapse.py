@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ppo_continuous
-from benchmark import UserError, collapse, lockstep, read_csv, table1
+from benchmark import UserError, collapse, lockstep, number, read_csv, sweep
 
 TASK = "InvertedPendulum-v4"
 SMALL = ["--no-compile", "--num-steps", "64", "--num-minibatches", "2", "--update-epochs", "2"]
@@ -125,7 +125,7 @@ def test_runs_and_report(tmp_path, monkeypatch):
     assert runs["as-it-is"][0]["kl_median"] != runs["adam-epsilon"][0]["kl_median"]
     text = (folder / "summary.md").read_text()
     assert text.startswith(f"# {TASK}, ")
-    last = table1.number(float(runs["as-it-is"][0]["last_100_return"]))
+    last = number(float(runs["as-it-is"][0]["last_100_return"]))
     assert f"| `as-it-is` | nothing: --preset paper | {last} |" in text
     assert "-.sqrt() + 1e-5\n+.sqrt() + 1e-8" in text and "`as-it-is`:\n" not in text
     written = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -147,7 +147,7 @@ def test_the_committed_results_lack_nothing(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(collapse.RESULTS / task, tmp_path / "mine" / task)
     planned = []
-    monkeypatch.setattr(table1, "run", lambda calls, *_: planned.extend(calls))
+    monkeypatch.setattr(sweep, "run", lambda calls, *_: planned.extend(calls))
     monkeypatch.setattr(collapse, "report", lambda *_: None)
     names = [name for name in collapse.SUSPECTS if (collapse.RESULTS / task / name).exists()]
     flags = ["--task", task, "--results", "mine", "--suspects", *names]

@@ -1,7 +1,10 @@
 """benchmark/figure1.py, figure2.py and ratchet.py, at toy size."""
 
+import functools
 import json
 import shutil
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,17 @@ import torch
 from torch.nn.utils import vector_to_parameters
 
 import ppo_cartpole
-from benchmark import UserError, figure1, figure2, lockstep, ratchet, read_csv
+from benchmark import (
+    UserError,
+    classic,
+    figure1,
+    figure2,
+    lockstep,
+    markdown,
+    ratchet,
+    read_csv,
+    sweep,
+)
 
 PNG = b"\x89PNG"
 
@@ -143,7 +156,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(ratchet, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(ratchet, "RESULTS", tmp_path / "results")
     for run in (("pg", 1), ("pg", 2), ("clip:0.2", 1)):
-        ppo_cartpole.train(ppo_cartpole.parse_args(ratchet.command("toy", *run)[1:]))
+        ppo_cartpole.train(ppo_cartpole.parse_args(list(ratchet.call("toy", *run).flags)))
     return tmp_path
 
 
@@ -167,7 +180,7 @@ def test_ratchet_runs_what_is_missing_and_reports_from_the_csvs_alone(toy):
     assert float(runs[-1]["last_100_return"]) == summary["last_100_return"]
     mine = [point for point in points if (point["objective"], point["seed"]) == ("clip:0.2", "2")]
     assert 2 <= len(mine) <= 200
-    for column, (name, _) in ratchet.COLUMNS.items():
+    for name, column in ratchet.LAYOUT.curves.items():
         told = [float(p[name]) for p in mine]
         assert told == pytest.approx([float(m[column]) for m in metrics], rel=1e-5)
     # nothing is clipped
@@ -189,6 +202,25 @@ def test_ratchet_refuses_what_it_cannot_report(toy):
     config = toy / "runs/toy/clip-0.2/2/config.json"
     config.write_text(config.read_text().replace('"seed": 1', '"seed": 2'))
     (config.parent / "summary.json").write_text("[]")
-    with pytest.raises(UserError, match=r"clip-0\.2/2 cannot be reported"):
+    with pytest.raises(UserError, match=r"1 of 4 calls failed: \S*clip-0\.2/2 cannot be collected"):
         ratchet.main([])
-    assert not (toy / "results").exists()
+    assert not (toy / "results/summary.md").exists()
+
+
+def test_ratchet_has_the_settings_of_classic():
+    for name, experiment in ratchet.EXPERIMENTS.items():
+        assert experiment.flags == classic.TASKS[name].flags
+
+
+def test_a_table_of_an_author_is_a_short_file(tmp_path, monkeypatch, capsys):
+    """The example of sweep.py, at toy size, as it stands there."""
+    _, _, text = sweep.__doc__.partition("What a new table costs its author:\n")
+    text, _, _ = text.partition("\nWhatever stops")
+    text = textwrap.dedent(text).replace("Acrobot-v1", "Acrobot-v1 --total-timesteps 256")
+    text = text.replace(" --seed ", " --num-envs 2 --num-steps 64 --eval-episodes 1 --seed ")
+    monkeypatch.chdir(tmp_path)
+    names = {"sweep": sweep, "functools": functools, "Path": Path, "markdown": markdown}
+    exec(text, names)
+    printed = capsys.readouterr().out
+    assert printed.count("| Acrobot-v1 |") == 3 and "| env_id | seed | last_100_return |" in printed
+    assert len(read_csv(tmp_path / "mine/curves.csv")) == 3 * 2

@@ -17,16 +17,17 @@ from benchmark import (
     collapse,
     grpo,
     lockstep,
+    mujoco,
     ratchet,
     read_csv,
     readme,
     speed,
+    sweep,
     table1,
 )
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark/results"
-NUMBERS = ("steps_per_second", "first_update_seconds", "memory_gb")
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 COMMANDS = [
@@ -106,11 +107,7 @@ def reports() -> dict:
 
     def speed_table(suite: str):
         def write(folder: Path) -> None:
-            rows = read_csv(folder / f"{suite}.csv")
-            rows = [
-                {k: float(v) if k in NUMBERS and v else v or None for k, v in row.items()}
-                for row in rows
-            ]
+            rows = sweep.read(folder / f"{suite}.csv")
             (folder / f"{suite}.md").write_text(speed.report(suite, rows))
 
         return write
@@ -135,7 +132,7 @@ def reports() -> dict:
     def collapsed(folder: Path) -> None:
         collapse.main(["--report", "--task", folder.name, "--results", str(folder.parent)])
 
-    found = {f"collapse/{task}/summary.md": collapsed for task in table1.TASKS}
+    found = {f"collapse/{task}/summary.md": collapsed for task in mujoco.TASKS}
     found |= {f"speed/{suite}.md": speed_table(suite) for suite in speed.SUITES}
     for tool in (classic, grpo, atari, ratchet):
         found[f"{tool.__name__.rpartition('.')[2]}/summary.md"] = module(tool)

@@ -1,4 +1,7 @@
-"""benchmark/table1.py: the scores by hand; small grids, killed, continued, on a Ray cluster."""
+"""benchmark/table1.py and what it stands on: sweep.py, mujoco.py, scores.py.
+
+The scores by hand; small grids, killed, continued, on a Ray cluster.
+"""
 
 import contextlib
 import itertools
@@ -12,12 +15,15 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from benchmark import UserError, read_csv, table1, write_csv
+from benchmark import UserError, mujoco, read_csv, scores, sweep, table1
+from benchmark.mujoco import LAYOUT, Grid
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["InvertedPendulum-v4", "Reacher-v4"]
@@ -37,8 +43,12 @@ def untimed(path: Path) -> list[dict]:
     return [{name: cell for name, cell in row.items() if name not in TIMING} for row in rows]
 
 
+def cell_of(row: dict) -> tuple:
+    return tuple(row[name] for name in LAYOUT.key)
+
+
 def settings(updates: int) -> list[str]:
-    return table1.common_flags("paper", 128 * updates, SMALL)
+    return mujoco.common_flags("paper", 128 * updates, SMALL)
 
 
 def wait_for(condition, seconds: float = 90) -> None:
@@ -65,7 +75,7 @@ def row(task: str, objective: str, seed: int, ret: float | str, **more) -> dict:
     told = {"env_id": task, "objective": objective, "seed": seed}
     told |= {"last_100_return": ret, "diverged_at": "", "kl_median": 0.01, "kl_max": 0.5}
     told |= {"wall_seconds": 3600.0, "started": "2026-01-02T03:04:05"}
-    names = ("total_timesteps", "python", *table1.PACKAGES, "git_commit", "cpu", "cores")
+    names = ("total_timesteps", "python", *sweep.PACKAGES, "git_commit", "cpu", "cores")
     about = dict.fromkeys(names, "1")
     return told | about | {"command": f"python benchmark/lockstep.py --env-id {task}"} | more
 
@@ -87,7 +97,7 @@ def write_folder(folder: Path, runs: list[dict], untrained: dict[str, tuple[floa
                 row = {"env_id": task, "policy": policy, "seed": seed}
                 policies.append(row | {"mean_return": value + shift})
     for name, rows in {"runs": runs, "curves": points, "random": policies}.items():
-        write_csv(folder / f"{name}.csv", rows)
+        sweep.write(folder / f"{name}.csv", pd.DataFrame(rows))
     return folder
 
 
@@ -96,62 +106,80 @@ def test_normalisation_puts_random_at_0_and_the_best_at_1():
     # [2 tasks, 2 objectives, 2 seeds]
     raw = np.array([[[0.0, 10.0], [20.0, 30.0]], [[-100.0, -60.0], [-20.0, -80.0]]])
     zero = np.array([-10.0, -120.0])
-    assert np.array_equal(table1.best_returns(raw, "run"), [30, -20])
-    assert np.array_equal(table1.best_returns(raw, "objective"), [25, -50])
-    scores = table1.normalise(raw, zero, np.array([30.0, -20.0]))
-    assert np.allclose(scores, [[[0.25, 0.5], [0.75, 1.0]], [[0.2, 0.6], [1.0, 0.4]]])
-    assert np.allclose(table1.by_objective(scores), [[0.25, 0.5, 0.2, 0.6], [0.75, 1.0, 1.0, 0.4]])
+    assert np.array_equal(scores.best_returns(raw, "run"), [30, -20])
+    assert np.array_equal(scores.best_returns(raw, "objective"), [25, -50])
+    found = scores.normalise(raw, zero, np.array([30.0, -20.0]))
+    assert np.allclose(found, [[[0.25, 0.5], [0.75, 1.0]], [[0.2, 0.6], [1.0, 0.4]]])
+    assert np.allclose(scores.by_objective(found), [[0.25, 0.5, 0.2, 0.6], [0.75, 1.0, 1.0, 0.4]])
+    assert np.allclose(scores.means(found), [1.55 / 4, 3.15 / 4])
 
 
 def test_interquartile_mean_drops_a_quarter_at_each_end():
-    assert table1.interquartile_mean(np.array([9.0, -50.0, 1.0, 3.0])) == 2
-    scores = np.concatenate([[-1e6] * 5, np.arange(11), [1e6] * 5])  # 21 runs: 5 + 11 + 5
-    assert table1.interquartile_mean(np.random.default_rng(0).permutation(scores)) == 5
+    four = np.array([9.0, -50.0, 1.0, 3.0]).reshape(2, 1, 2)  # 2 tasks x 1 objective x 2 seeds
+    assert scores.interquartile_means(four) == 2
+    runs = np.concatenate([[-1e6] * 5, np.arange(11), [1e6] * 5])  # 21 runs: 5 + 11 + 5
+    shuffled = np.random.default_rng(0).permutation(runs).reshape(7, 1, 3)
+    both = np.concatenate([shuffled, shuffled + 2], axis=1)
+    assert np.allclose(scores.interquartile_means(both), [5, 7])
 
 
 def test_bootstrap_resamples_seeds_within_tasks():
-    scores = np.array([[[0.0, 3.0, 6.0], [1.0, 1.0, 4.0]], [[10.0, 10.0, 40.0], [0.0, 0.0, 0.0]]])
-    draws = table1.resample(scores)
-    assert draws.shape == (10_000, 2, 6) and np.array_equal(draws, table1.resample(scores))
-    assert set(np.unique(draws[:, 0, :3])) == {0, 3, 6} and set(np.unique(draws[:, 0, 3:])) == {
-        10,
-        40,
-    }
-    same_seed = draws[:, 0, :3] == 6  # objectives share the drawn seeds
-    assert np.array_equal(draws[:, 1, :3] == 4, same_seed)
+    raw = np.array([[[0.0, 3.0, 6.0], [1.0, 1.0, 4.0]], [[10.0, 10.0, 40.0], [0.0, 0.0, 0.0]]])
+    draws = scores.resample(raw)
+    assert draws.shape == (10_000, 2, 2, 3) and np.array_equal(draws, scores.resample(raw))
+    assert set(np.unique(draws[:, 0, 0])) == {0, 3, 6}
+    assert set(np.unique(draws[:, 1, 0])) == {10, 40}
+    same_seed = draws[:, 0, 0] == 6  # objectives share the drawn seeds
+    assert np.array_equal(draws[:, 0, 1] == 4, same_seed)
     # exactly: all 27 x 27 equally likely resamples of the first objective
-    means = [
-        np.mean(a + b)
-        for a in itertools.product((0, 3, 6), repeat=3)
-        for b in itertools.product((10, 10, 40), repeat=3)
-    ]
-    assert np.allclose(
-        np.percentile(draws[:, 0].mean(-1), [2.5, 97.5]),
-        np.percentile(means, [2.5, 97.5]),
-        atol=0.5,
-    )
-    assert np.isclose(draws[:, 0].mean(), np.mean(means), atol=0.15)
+    first = itertools.product((0, 3, 6), repeat=3)
+    second = itertools.product((10, 10, 40), repeat=3)
+    means = [np.mean(a + b) for a, b in itertools.product(first, second)]
+    drawn = scores.means(draws)[:, 0]
+    assert np.allclose(scores.interval(drawn), np.percentile(means, [2.5, 97.5]), atol=0.5)
+    assert np.isclose(drawn.mean(), np.mean(means), atol=0.15)
+
+
+def test_probability_of_improvement_counts_pairs_within_tasks_and_ties_by_half():
+    x = np.array([[1.0, 3.0], [5.0, 5.0]])  # 2 tasks x 2 seeds
+    y = np.array([[2.0, 0.0], [5.0, 9.0]])
+    # 1 > 0, 3 > 2, 3 > 0 of four pairs; 5 = 5 twice of four pairs
+    assert scores.improvement(x, y) == pytest.approx((3 / 4 + 1 / 4) / 2)
+    assert scores.improvement(y, x) == pytest.approx(1 - (3 / 4 + 1 / 4) / 2)
+    assert scores.improvement(x, x) == 0.5
+    draws = scores.resample(np.stack([x, y], axis=1))
+    drawn = scores.improvement(draws[:100, :, 0], draws[:100, :, 1])
+    for i in (0, 50, 99):
+        a, b = draws[i, :, 0, :, None], draws[i, :, 1, None, :]
+        assert drawn[i] == pytest.approx(np.mean((a > b) + 0.5 * (a == b)))
 
 
 def test_spearman_shares_ranks_among_equals():
     y = np.array([1.0, 2.0, 3.0, 4.0])
     # 1 - 6 * (1 + 1) / (4 * 15)
-    assert np.isclose(table1.spearman(np.array([1.0, 3.0, 2.0, 40.0]), y), 0.8)
-    assert np.allclose(table1.spearman(np.array([[9.0, 8.0, 1.0, 0.0], y, y**3]), y), [-1, 1, 1])
+    assert np.isclose(scores.spearman(np.array([1.0, 3.0, 2.0, 40.0]), y), 0.8)
+    assert np.allclose(scores.spearman(np.array([[9.0, 8.0, 1.0, 0.0], y, y**3]), y), [-1, 1, 1])
     assert np.isclose(
-        table1.spearman(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])), np.sqrt(3) / 2
+        scores.spearman(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])), np.sqrt(3) / 2
     )
 
 
 @pytest.mark.parametrize("ret", [None, "", "nan", "inf"])
 def test_a_missing_run_is_an_error(ret):
-    grid = table1.Grid(["A-v4", "B-v4"], ["none", "kl:1"], [1, 2])
-    runs = [row(*cell, 5.0) for cell in grid.cells]
-    assert table1.raw_returns(runs, grid).tolist() == [[[5, 5], [5, 5]], [[5, 5], [5, 5]]]
-    runs[6:7] = [] if ret is None else [row("B-v4", "kl:1", 1, ret)]
+    grid = Grid(["A-v4", "B-v4"], ["none", "kl:1"], [1, 2])
+    returns = dict.fromkeys(grid.cells, "5.0")
+
+    def raw() -> np.ndarray:
+        index = pd.MultiIndex.from_tuples(returns, names=LAYOUT.key)
+        return table1.raw_returns(pd.DataFrame({"last_100_return": returns.values()}, index), grid)
+
+    assert raw().tolist() == [[[5, 5], [5, 5]], [[5, 5], [5, 5]]]
+    returns["B-v4", "kl:1", 1] = ret
+    if ret is None:
+        del returns["B-v4", "kl:1", 1]
     what = r"^1 of 8 runs are missing or have no return: B-v4 kl:1 1$"
     with pytest.raises(UserError, match=what):
-        table1.raw_returns(runs, grid)
+        raw()
 
 
 # ---------------------------------------------------------------------------------------- REPORT
@@ -240,15 +268,12 @@ def test_report_of_a_part_says_so(tmp_path):
 
 def test_report_compares_all_eleven_with_the_paper(tmp_path):
     """Returns that are the paper's own scores must correlate with it perfectly."""
-    runs = [
-        row(task, told["objective"], seed, 1000 * float(told["avg_normalized_score"]))
-        for task in table1.TASKS
-        for told in table1.PAPER
-        for seed in (1, 2, 3)
-    ]
-    folder = write_folder(tmp_path / "t", runs, dict.fromkeys(table1.TASKS, (0, 0)))
+    theirs = mujoco.PAPER["avg_normalized_score"]
+    cells = itertools.product(mujoco.TASKS, theirs.index, (1, 2, 3))
+    runs = [row(task, o, seed, 1000 * theirs[o]) for task, o, seed in cells]
+    folder = write_folder(tmp_path / "t", runs, dict.fromkeys(mujoco.TASKS, (0, 0)))
     start = time.perf_counter()
-    table1.main(["--report", "--results", str(folder)])
+    table1.main(["--report", "--results", str(folder), "--seeds", "1", "2", "3"])
     assert time.perf_counter() - start < 60
     text = (folder / "summary.md").read_text()
     assert "All 231 runs are in" in text and "7 tasks x 3 seeds" in text
@@ -260,7 +285,7 @@ def test_report_compares_all_eleven_with_the_paper(tmp_path):
 def test_report_refuses_what_is_not_there(tmp_path):
     with pytest.raises(UserError, match="has no run yet"):
         table1.main(["--report", "--results", str(tmp_path)])
-    grid = table1.Grid(["Hopper-v4"], ["none", "kl:1"], [1])
+    grid = Grid(["Hopper-v4"], ["none", "kl:1"], [1])
     folder = write_folder(
         tmp_path / "t", [row(*cell, 1.0) for cell in grid.cells], {"Swimmer-v4": (0, 0)}
     )
@@ -270,25 +295,25 @@ def test_report_refuses_what_is_not_there(tmp_path):
 
 # ------------------------------------------------------------------------------------------ RUNS
 def test_only_missing_cells_are_planned():
-    grid = table1.Grid(["Hopper-v4", "Swimmer-v4"], ["none", "clip:0.2", "kl:1"], [1, 2])
+    grid = Grid(["Hopper-v4", "Swimmer-v4"], ["none", "clip:0.2", "kl:1"], [1, 2])
     done = {("Hopper-v4", "clip:0.2", 1), ("Hopper-v4", "clip:0.2", 2), ("Swimmer-v4", "kl:1", 2)}
-    calls = table1.plan(grid, done, ["--preset", "modern"], "runs/x")
+    calls = mujoco.plan(grid, done, ["--preset", "modern"], "runs/x")
     named = [call.flags[-1].removeprefix("runs/x/") for call in calls]
     assert named == [
         "Hopper-v4__1-2__none_kl-1",
         "Swimmer-v4__1-2__none_clip-0.2",
         "Swimmer-v4__1__kl-1",
     ]
-    assert [call.agents for call in calls] == [4, 4, 1]
+    assert [len(call.crowd) for call in calls] == [4, 4, 1]
     crowd = [args for call in calls for args in call.crowd]
     trained = [(args.env_id, args.objective, args.seed) for args in crowd]
     assert len(trained) == 9 and set(trained) == set(grid.cells) - done
     assert all(args.scale_rewards and args.anneal_lr for args in crowd)  # modern
-    assert calls == table1.plan(grid, done, ["--preset", "modern"], "runs/x")
-    assert table1.plan(grid, set(grid.cells), [], "runs/x") == []
-    ten = table1.Grid(grid.tasks, ["none"], list(range(1, 11)))
-    calls = table1.plan(ten, set(), [], "runs/x")
-    assert [call.agents for call in calls] == [3, 3, 3, 3, 3, 3, 1, 1]
+    assert calls == mujoco.plan(grid, done, ["--preset", "modern"], "runs/x")
+    assert mujoco.plan(grid, set(grid.cells), [], "runs/x") == []
+    ten = Grid(grid.tasks, ["none"], list(range(1, 11)))
+    calls = mujoco.plan(ten, set(), [], "runs/x")
+    assert [len(call.crowd) for call in calls] == [3, 3, 3, 3, 3, 3, 1, 1]
     assert [call.crowd[0].env_id for call in calls] == grid.tasks * 4  # three seeds of each first
 
 
@@ -305,28 +330,35 @@ def test_rows_say_what_the_run_folder_says(whole):
         assert float(run["last_100_return"]) == float(metrics[-1]["charts/episodic_return"])
         kl = [float(m["losses/kl_after_update"]) for m in metrics]
         assert float(run["kl_max"]) == max(kl) and float(run["kl_median"]) == np.median(kl)
-        points = [p for p in curves if table1.cell_of(p) == table1.cell_of(run)]
+        points = [p for p in curves if cell_of(p) == cell_of(run)]
         # fewer than 200: all of them
         assert [p["global_step"] for p in points] == [m["global_step"] for m in metrics]
-        for name, column in table1.CURVES.items():
+        for name, column in LAYOUT.curves.items():
             told = [float(p[name]) for p in points]
             assert np.allclose(told, [float(m[column]) for m in metrics], rtol=1e-5)
         assert run["agents"] == "2"
         script, *words = run["command"].removeprefix("python ").split()
         assert script == "benchmark/lockstep.py" and words[-1] == f"runs/small/{folder.name}"
-        cells = [(args.objective, args.seed) for args in table1.parse(tuple(words))]
+        cells = [(args.objective, args.seed) for args in mujoco.parse(words)]
         assert cells == [("none", 1), ("clip:0.2", 1)]
         config = json.loads((mine / "config.json").read_text())
-        assert config["args"]["bootstrap_truncated"] and not config["args"]["scale_rewards"]
+        assert not config["args"]["bootstrap_truncated"] and not config["args"]["scale_rewards"]
 
 
-def test_curves_are_thinned_to_200_points(whole, tmp_path, monkeypatch):
-    grid = table1.Grid(TASKS[:1], ["none", "clip:0.2"], [1])
-    (call,) = table1.plan(grid, set(), settings(24), "runs/small")
-    monkeypatch.setattr(table1, "POINTS", 10)
-    _, points = table1.collect(call._replace(root=str(whole)))
-    steps = [int(point["global_step"]) for point in points if point["objective"] == "none"]
+def test_curves_are_thinned(whole):
+    grid = Grid(TASKS[:1], ["none", "clip:0.2"], [1])
+    (call,) = mujoco.plan(grid, set(), settings(24), "runs/small")
+    assert LAYOUT.points == 200
+    _, points = sweep.collect(replace(call, root=str(whole)), replace(LAYOUT, points=10))
+    steps = points[points["objective"] == "none"]["global_step"].astype(int).tolist()
     assert len(steps) == 10 and steps[0] == 128 and steps[-1] == 128 * 24
+
+
+def test_stretches_of_a_curve_are_averaged():
+    metrics = pd.DataFrame({"global_step": [1, 2, 3, 4, 5], "x": [1.0, 3.0, np.nan, 5.0, np.nan]})
+    points = sweep.average(metrics, 2)
+    assert points["global_step"].tolist() == [3, 5] and points["x"].tolist() == [2, 5]
+    assert sweep.average(metrics, 9)["global_step"].tolist() == [1, 2, 3, 4, 5]
 
 
 def test_untrained_policies_score_as_others_measured(whole):
@@ -345,10 +377,10 @@ def test_untrained_policies_score_as_others_measured(whole):
 def test_every_seed_has_untrained_policies_of_its_own(tmp_path):
     """And keeps them, whoever else is measured."""
     for seeds in ([1], [1, 2, 3]):
-        grid = table1.Grid(TASKS[1:], [], seeds)
-        table1.measure_random(grid, settings(1), tmp_path / "random.csv")
+        grid = Grid(TASKS[1:], [], seeds)
+        mujoco.measure(grid, settings(1), tmp_path / "random.csv")
     both = read_csv(tmp_path / "random.csv")
-    table1.measure_random(table1.Grid(TASKS[1:], [], [3]), settings(1), tmp_path / "alone.csv")
+    mujoco.measure(Grid(TASKS[1:], [], [3]), settings(1), tmp_path / "alone.csv")
     assert [row["policy"] + row["seed"] for row in both] == [
         p + s for p in ("uniform", "gaussian") for s in "123"
     ]
@@ -395,15 +427,14 @@ def test_killed_at_a_random_moment_it_ends_with_the_same_files(whole, tmp_path):
 def test_a_crowd_that_was_stopped_at_its_last_files_is_completed(whole, tmp_path):
     """Killed when only one of its agents had a summary."""
     shutil.copytree(whole / "runs", tmp_path / "runs")
-    grid = table1.Grid(TASKS[:1], ["none", "clip:0.2"], [1])
-    (call,) = table1.plan(grid, set(), settings(24), "runs/small")
-    expected = table1.collect(call._replace(root=str(whole)))
-    call = call._replace(root=str(tmp_path))
+    grid = Grid(TASKS[:1], ["none", "clip:0.2"], [1])
+    (call,) = mujoco.plan(grid, set(), settings(24), "runs/small")
+    expected = sweep.collect(replace(call, root=str(whole)), LAYOUT)
+    call = replace(call, root=str(tmp_path))
     (call.folders[1] / "summary.json").unlink()
-    for rows, told in zip(table1.work(call), expected, strict=True):
-        for row, other in zip(rows, told, strict=True):
-            assert row.keys() == other.keys()
-            assert all(row[name] == other[name] for name in row if name not in TIMING)
+    for rows, others in zip(sweep.work(call, LAYOUT), expected, strict=True):
+        timing = rows.columns.intersection(TIMING)
+        pd.testing.assert_frame_equal(rows.drop(columns=timing), others.drop(columns=timing))
 
 
 def test_missing_cells_are_filled_in_beside_those_that_are_there(whole, tmp_path, monkeypatch):
@@ -415,8 +446,8 @@ def test_missing_cells_are_filled_in_beside_those_that_are_there(whole, tmp_path
     assert [run["agents"] for run in first] == ["1"] * 2
     table1.main(flags(24))
     assert [run for run in read_csv("small/runs.csv") if run["objective"] == "clip:0.2"] == first
-    assert [table1.cell_of(run) for run in read_csv("small/runs.csv")] == [
-        table1.cell_of(run) for run in read_csv(whole / "small/runs.csv")
+    assert [cell_of(run) for run in read_csv("small/runs.csv")] == [
+        cell_of(run) for run in read_csv(whole / "small/runs.csv")
     ]
     assert {path.name for path in Path("runs/small").glob("*/")} == {
         f"{task}__1__{objective}" for task in TASKS for objective in ("none", "clip-0.2")
@@ -425,8 +456,8 @@ def test_missing_cells_are_filled_in_beside_those_that_are_there(whole, tmp_path
 
 
 def test_a_worker_that_dies_stops_nobody_else(tmp_path):
-    calls = table1.plan(table1.Grid(TASKS, ["clip:0.2"], [1]), set(), settings(2), "runs/x")
-    calls = [call._replace(root=str(tmp_path)) for call in calls]
+    calls = mujoco.plan(Grid(TASKS, ["clip:0.2"], [1]), set(), settings(2), "runs/x")
+    calls = [replace(call, root=str(tmp_path)) for call in calls]
     killed = []
 
     def tick():
@@ -435,45 +466,47 @@ def test_a_worker_that_dies_stops_nobody_else(tmp_path):
             killed.append(child.pid)
             os.kill(child.pid, signal.SIGKILL)
 
-    (first, died), (second, done) = table1.local(calls, tick, jobs=1)
+    (first, died), (second, done) = sweep.local(calls, LAYOUT, tick, jobs=1)
     assert first == calls[0] and isinstance(died, UserError) and "its process died" in str(died)
-    assert second == calls[1] and [run["env_id"] for run in done[0]] == ["Reacher-v4"]
+    assert second == calls[1] and done.runs["env_id"].tolist() == ["Reacher-v4"]
 
-    table = table1.Table(tmp_path / "small")
+    shutil.rmtree(tmp_path / "runs")  # or what is done would be collected without an engine
+    table = sweep.Table(tmp_path / "small", LAYOUT)
     with pytest.raises(UserError, match=r"^1 of 2 calls failed: .*InvertedPendulum.* process died"):
         both = [(first, died), (second, done)]
-        table1.run(calls, lambda calls, tick: iter(both), lambda call: table)
+        sweep.run(calls, lambda *_: iter(both), lambda call: table)
     assert [run["env_id"] for run in read_csv(tmp_path / "small/runs.csv")] == ["Reacher-v4"]
 
 
-def meet(call, mine, pipe):
+def meet(call, layout, mine, pipe):
     """In a worker, instead of training: wait for the other one, and tell the cores there are."""
 
-    def work(call):
+    def work(call, layout):
         mark = Path(call.root, call.flags[1])
         mark.touch()
         wait_for(lambda: len(list(mark.parent.iterdir())) == 2)
         return sorted(os.sched_getaffinity(0)), mine
 
-    table1.work = work
-    table1.answer(call, mine, pipe)
+    sweep.work = work
+    sweep.answer(call, layout, mine, pipe)
 
 
-@pytest.mark.skipif(len(table1.CORES) < 2, reason="one core has nothing to share out")
+@pytest.mark.skipif(len(sweep.CORES) < 2, reason="one core has nothing to share out")
 def test_side_by_side_each_has_its_own_cores(tmp_path):
-    calls = table1.plan(table1.Grid(TASKS, ["clip:0.2"], [1]), set(), settings(2), "runs/x")
-    calls = [call._replace(root=str(tmp_path)) for call in calls]
-    found = dict(table1.local(calls, lambda: None, jobs=2, target=meet))
+    calls = mujoco.plan(Grid(TASKS, ["clip:0.2"], [1]), set(), settings(2), "runs/x")
+    calls = [replace(call, root=str(tmp_path)) for call in calls]
+    found = dict(sweep.local(calls, LAYOUT, lambda: None, jobs=2, target=meet))
     (one, given), (two, other) = (found[call] for call in calls)
     assert one == given and two == other and not set(one) & set(two)
-    assert len(one) == len(two) == len(table1.CORES) // 2
+    assert len(one) == len(two) == len(sweep.CORES) // 2
 
 
 def test_hours_on_the_clock_count_what_overlaps_once():
     calls = [("2026-01-01T10:00:00", 3600.0), ("2026-01-01T10:30:00", 3600.0)]
     calls += [("2026-01-02T08:00:00", 1800.0), ("2026-01-01T10:45:00", 60.0)]
     calls += [("2026-01-01T10:00:00", 3600.0)]
-    assert table1.on_the_clock(calls) == 1.5 * 3600 + 1800
+    calls = pd.DataFrame(calls, columns=["started", "wall_seconds"])
+    assert sweep.on_the_clock(calls) == 1.5 * 3600 + 1800
 
 
 @pytest.mark.parametrize(
@@ -518,7 +551,7 @@ def test_a_committed_table_lacks_nothing_and_takes_no_run_of_another_meaning(
     preset, more = COMMITTED[name]
     shutil.copytree(ROOT / "benchmark/results" / name, tmp_path / "mine")
     planned = []
-    monkeypatch.setattr(table1, "run", lambda calls, *_: planned.extend(calls))
+    monkeypatch.setattr(sweep, "run", lambda calls, *_: planned.extend(calls))
     monkeypatch.setattr(table1, "report", lambda *_: None)
     flags = ["--preset", preset, "--results", "mine", "--seeds", "1", "2", "3"]
     table1.main([*flags, "--", *more])
@@ -528,14 +561,14 @@ def test_a_committed_table_lacks_nothing_and_takes_no_run_of_another_meaning(
     assert {args.seed for call in planned for args in call.crowd} == {4}
     with pytest.raises(UserError, match="holds runs of other settings"):
         table1.main([*flags, "--", "--no-bootstrap-truncated"])
-    table = table1.Table(tmp_path / "mine")
+    table = sweep.Table(tmp_path / "mine", LAYOUT)
     if preset == "paper":  # in today's meaning
         with pytest.raises(UserError, match="holds runs of other settings"):
-            table.check(table1.common_flags(preset, 1_000_000, []))
-    table.check(table1.common_flags(preset, 1_000_000, more))
-    table.runs[0]["bootstrap_truncated"] = "False"
+            mujoco.check(table, mujoco.common_flags(preset, 1_000_000, []))
+    mujoco.check(table, mujoco.common_flags(preset, 1_000_000, more))
+    table.runs.loc[0, "bootstrap_truncated"] = "False"
     with pytest.raises(UserError, match="holds runs of other settings"):
-        table.check(table1.common_flags(preset, 1_000_000, more))
+        mujoco.check(table, mujoco.common_flags(preset, 1_000_000, more))
 
 
 def test_results_of_other_settings_are_left_alone(whole, monkeypatch):
@@ -547,21 +580,21 @@ def test_results_of_other_settings_are_left_alone(whole, monkeypatch):
 
 
 def test_a_run_folder_of_other_flags_is_refused(whole):
-    grid = table1.Grid(TASKS[:1], ["none", "clip:0.2"], [1])
-    (call,) = table1.plan(grid, set(), settings(25), "runs/small")
+    grid = Grid(TASKS[:1], ["none", "clip:0.2"], [1])
+    (call,) = mujoco.plan(grid, set(), settings(25), "runs/small")
     what = "ran with total_timesteps 3072 instead of 3200; remove the folder"
     with pytest.raises(UserError, match=what):
-        table1.work(call._replace(root=str(whole)))
+        sweep.work(replace(call, root=str(whole)), LAYOUT)
 
 
 def test_two_at_once_are_refused(tmp_path):
     with (
-        table1.alone(tmp_path),
-        pytest.raises(UserError, match=r"another table1.py is at work"),
-        table1.alone(tmp_path),
+        sweep.alone(tmp_path),
+        pytest.raises(UserError, match=r"another process is at work"),
+        sweep.alone(tmp_path),
     ):
         pass
-    with table1.alone(tmp_path):  # and nothing is left behind
+    with sweep.alone(tmp_path):  # and nothing is left behind
         assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,91 @@
+"""Statistics of many runs: arrays in, arrays out.
+
+Returns and scores are arrays [..., K tasks, O objectives, S seeds]; resample() puts its draws in
+front. So every function takes what was measured and what was drawn from it alike:
+
+    scores = normalise(raw, zero, one)
+    mean, draws = means(scores), means(resample(scores))
+    low, high = interval(draws)
+"""
+
+import numpy as np
+from scipy import stats
+
+
+def best_returns(raw: np.ndarray, best: str) -> np.ndarray:
+    """raw [K, O, S] -> what scores 1 in each task, [K].
+
+    best: "run", the best single run, or "objective", the mean of the best objective.
+    """
+    return raw.max((1, 2)) if best == "run" else raw.mean(2).max(1)
+
+
+def normalise(raw: np.ndarray, zero: np.ndarray, one: np.ndarray) -> np.ndarray:
+    """raw [K, O, S], shifted and scaled so that zero [K] becomes 0 and one [K] becomes 1."""
+    return (raw - zero[:, None, None]) / (one - zero)[:, None, None]
+
+
+def by_objective(scores: np.ndarray) -> np.ndarray:
+    """[..., K, O, S] -> [..., O, K * S]"""
+    scores = np.moveaxis(scores, -3, -2)
+    return scores.reshape(*scores.shape[:-2], -1)
+
+
+def means(scores: np.ndarray) -> np.ndarray:
+    """scores [..., K, O, S] -> [..., O]: the mean over tasks and seeds."""
+    return by_objective(scores).mean(-1)
+
+
+def interquartile_means(scores: np.ndarray) -> np.ndarray:
+    """scores [..., K, O, S] -> [..., O]: the mean of the middle half of an objective's runs.
+
+    Without the lowest and the highest n // 4 of its n runs (Agarwal et al. 2021).
+    """
+    return stats.trim_mean(by_objective(scores), 0.25, axis=-1)
+
+
+def resample(scores: np.ndarray, times: int = 10_000) -> np.ndarray:
+    """scores [K, O, S] -> [times, K, O, S]: runs drawn with replacement within each task.
+
+    That is the stratified bootstrap of Agarwal et al. (2021), with the same seeds for all
+    objectives, since these share weights and noise. The same numbers at every call.
+    """
+    tasks, _, seeds = scores.shape
+    drawn = np.random.default_rng(0).integers(seeds, size=(times, tasks, 1, seeds))
+    return np.take_along_axis(scores[np.newaxis], drawn, axis=-1)
+
+
+def interval(draws: np.ndarray) -> np.ndarray:
+    """draws [times, ...] -> the ends of the 95% interval, [2, ...]"""
+    return np.percentile(draws, [2.5, 97.5], axis=0)
+
+
+def mean_interval(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x [S seeds, ...] -> mean [...], and its bootstrap 95% interval: low [...], high [...].
+
+    The same numbers at every call. Whole seeds are drawn, so the points of a curve stay together.
+    """
+    seeds = len(x)
+    # how often each seed is drawn, in each of 10,000 resamples
+    counts = np.random.default_rng(0).multinomial(seeds, [1 / seeds] * seeds, size=10_000)
+    return x.mean(0), *interval(np.tensordot(counts, x, 1) / seeds)
+
+
+def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x, y [..., K, S] -> [...]: the probability of improvement of x over y.
+
+    That a run of x beats a run of y on the same task; a tie counts half; the mean over tasks
+    (Agarwal et al. 2021).
+    """
+    wins = stats.mannwhitneyu(x, y, axis=-1, method="asymptotic").statistic
+    return wins.mean(-1) / (x.shape[-1] * y.shape[-1])
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rank correlation of x [..., n] and y [n]; equal numbers share their mean rank.
+
+    scipy's spearmanr would compare all pairs of the many x.
+    """
+    ranks = stats.rankdata(x, axis=-1)
+    others = np.broadcast_to(stats.rankdata(y), ranks.shape)
+    return stats.pearsonr(ranks, others, axis=-1).statistic
