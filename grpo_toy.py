@@ -57,12 +57,12 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -70,6 +70,11 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @dataclass
@@ -136,9 +141,9 @@ class Task(NamedTuple):
     """What is asked, and which answers are right. Hand a task of your own to train()."""
 
     name: str
-    vocab: list[str]  # all words of questions and answers; END first
+    vocab: list[str]  # all words of questions and answers, END first; in the same order at --resume
     prompts: list[list[str]]  # the questions to learn from, all of one length
-    held_out: list[list[str]]  # the questions to be tested on, in random order; some occur twice
+    held_out: list[list[str]]  # those to be tested on, of the same length, in random order
     max_length: int  # of an answer, with its END; a longer one is cut off
     # question, answer (with its END, unless it was cut off) -> reward; 1 says that it is right
     verify: Callable[[list[str], list[str]], float]
@@ -367,6 +372,12 @@ class Agent(nn.Module):
         return log_probs.clamp(min=-1e9)  # a logit may be -inf: 0 * inf would be NaN
 
 
+def agent_dims(task: Task) -> dict[str, int]:
+    """What Agent() takes, for the words and the longest text of a task."""
+    # int: a checkpoint cannot hold a number of NumPy
+    return {"num_words": len(task.vocab), "length": len(task.prompts[0]) + int(task.max_length)}
+
+
 def read_prompts(agent: Agent, prompts: Tensor, group_size: int) -> tuple[Tensor, Cache]:
     """Reads each of P questions [P, L] once, for the G answers to it.
 
@@ -582,25 +593,75 @@ def update(agent: Agent, optimizer, batch: dict, max_length: int, args: Args) ->
 
 
 # -------------------------------------------------------------------------------------- TRAINING
+@contextlib.contextmanager
+def torch_threads(count: int):
+    """PyTorch uses `count` CPU threads inside; afterwards, whatever happened, as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def verify(task: Task, prompts: list[list[str]], batch: dict, group_size: int) -> Tensor:
-    """The rewards [P, G] of the answers in a batch from sample()."""
+    """The rewards [P, G] of the answers in a batch from sample(). Raises what reward_of raises."""
     rewards = []
     for i, answer in enumerate(task.decode(batch["tokens"], batch["mask"])):
         prompt = prompts[i // group_size]  # answers to one question stand side by side
-        rewards.append(float(task.verify(prompt, answer)))
+        rewards.append(reward_of(task, prompt, answer))
     return torch.tensor(rewards).view(len(prompts), group_size)
+
+
+def reward_of(task: Task, question: list[str], answer: list[str]) -> float:
+    """What task.verify gives.
+
+    Raises RuntimeError from what verify raised, and NonFiniteError where it gave no finite number.
+    """
+    try:
+        given = task.verify(question[:], answer[:])  # copies: some verifiers take words off a list
+    except Exception as reason:
+        call = f"Task.verify({question}, {answer})"
+        raise RuntimeError(f"{call} raised {reason!r}") from reason
+    try:
+        number = given.item() if hasattr(given, "item") else given  # of NumPy or PyTorch
+        reward = math.nan if isinstance(number, str) else float(number)
+    except (TypeError, ValueError, RuntimeError):
+        reward = math.nan
+    if not abs(reward) <= 1e12:  # so NaN too; squares of larger numbers overflow in float32
+        said = f"gave {given!r}; a reward must be a number between -1e12 and 1e12"
+        raise NonFiniteError(f"Task.verify({question}, {answer}) {said}")
+    return reward
+
+
+def demonstration(task: Task, question: list[str], vocab: set, rng: random.Random) -> list[str]:
+    """What task.demonstrate gives, with its END. vocab: that of the task.
+
+    Raises RuntimeError from what demonstrate raised, and UserError where it gave no answer.
+    """
+    try:
+        answer = list(task.demonstrate(question[:], rng))
+    except Exception as reason:
+        raise RuntimeError(f"Task.demonstrate({question}) raised {reason!r}") from reason
+    what = f"Task.demonstrate({question}): the answer"
+    count = check_words(what, answer, vocab)
+    if count >= task.max_length or END in answer:
+        limit = f"{task.max_length - 1} words without {END!r}, which is added"
+        raise UserError(f"{what} {answer} has {count} words; Task.max_length allows {limit}")
+    return [*answer, END]
 
 
 def warm_up(agent: Agent, task: Task, args: Args) -> None:
     """Supervised steps on demonstrations: they teach the form of an answer, not what is right."""
     rng = random.Random(stream(args.seed, "warm-up"))
     optimizer = torch.optim.AdamW(agent.parameters(), weight_decay=args.weight_decay, fused=True)
+    vocab = set(task.vocab)
     for step in range(args.warmup_steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / args.warmup_steps)
         prompts = rng.choices(task.prompts, k=256)
         answers, lengths = [], []
         for prompt in prompts:
-            answer = [*task.demonstrate(prompt, rng), END]
+            answer = demonstration(task, prompt, vocab, rng)
             answers.append(answer + [END] * (task.max_length - len(answer)))
             lengths.append(len(answer))
         tokens = task.encode(answers)
@@ -613,31 +674,23 @@ def warm_up(agent: Agent, task: Task, args: Args) -> None:
         optimizer.step()
 
 
-@contextlib.contextmanager
-def threads_restored():
-    """Sets PyTorch's number of threads back at the end, after an error or an interrupt too."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@threads_restored()
+@torch_threads(1)
 def train(args: Args, task: Task | None = None) -> tuple[Agent, dict]:
     """GRPO between two evaluations. Returns the agent and what summary.json says of the run.
 
-    task: one of your own; without it, args.task names one. Raises UserError for bad input, and
-    NonFiniteError where a number becomes NaN or infinite.
+    task: one of your own; without it, args.task names one. Raises UserError for bad input,
+    NonFiniteError where a number becomes NaN or infinite, and RuntimeError where the task's own
+    code raises something. If that is in an update, a checkpoint of the state before it is written.
     """
     saved = None
     if args.resume is not None:
-        args, saved = load_run(args.resume)
+        args, saved = load_resumed(args)
     task = choose_task(args, task)
     args = check_args(args, task)
     torch.set_num_threads(args.threads)
-    dims = {"num_words": len(task.vocab), "length": len(task.prompts[0]) + task.max_length}
-    torch.manual_seed(stream(args.seed, "weights"))
+    check_task(task, args, saved)
+    dims = agent_dims(task)
+    seed_globals(stream(args.seed, "weights"))
     agent = Agent(**dims)
     reference = Agent(**dims)
     optimizer = torch.optim.AdamW(agent.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -645,6 +698,7 @@ def train(args: Args, task: Task | None = None) -> tuple[Agent, dict]:
     answer_rng = torch.Generator().manual_seed(stream(args.seed, "answers"))
 
     state = {"updates": 0, "transitions": 0, "diverged_at": None, "dims": dims}
+    state["vocab"] = [str(word) for word in task.vocab]  # str: it may be a string of NumPy
     parts = {
         "agent": agent,
         "reference": reference,
@@ -670,14 +724,14 @@ def train(args: Args, task: Task | None = None) -> tuple[Agent, dict]:
 
     for iteration in range(state["updates"], args.num_updates):
         # ROLLOUT
-        rows = torch.randint(len(task.prompts), (args.num_prompts,), generator=prompt_rng)
-        questions = [task.prompts[row] for row in rows.tolist()]
-        prompts = task.encode(questions)
-        answers = sample(
-            agent, prompts, args.group_size, task.max_length, args.temperature, answer_rng
-        )
-        rewards = verify(task, questions, answers, args.group_size)
-        check_finite({"rewards": rewards}, iteration + 1)
+        with run.saving_work(state, parts):  # the verifier may be the user's
+            rows = torch.randint(len(task.prompts), (args.num_prompts,), generator=prompt_rng)
+            questions = [task.prompts[row] for row in rows.tolist()]
+            prompts = task.encode(questions)
+            answers = sample(
+                agent, prompts, args.group_size, task.max_length, args.temperature, answer_rng
+            )
+            rewards = verify(task, questions, answers, args.group_size)
 
         # ADVANTAGES
         advantages = group_advantages(rewards, args.baseline, args.scale_rewards)
@@ -764,6 +818,7 @@ def load_agent(run_dir: str, task: Task | None = None) -> tuple[Agent, Task, Arg
     if saved is None:
         raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
     task = choose_task(args, task)
+    check_task(task, args, saved)
     agent = Agent(**saved["state"]["dims"])
     agent.load_state_dict(saved["agent"])
     return agent, task, args
@@ -812,6 +867,7 @@ def show(when: str, found: dict, k: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------- FLAGS
+RESUME_FLAGS = ("threads",)  # go beside --resume
 EVALUATION_FLAGS = ("eval_prompts", "pass_k")  # go beside --evaluate
 LIMITS = {
     (0, 2**31 - 1): ["seed"],
@@ -832,24 +888,23 @@ LIMITS = {
 
 def parse_args(argv: list[str]) -> Args:
     """The command line. Where it is wrong, tyro says so in a box and exits with code 2."""
-    args = tyro.cli(Args, args=argv)
-    check_alone(argv)
-    return args
+    given = given_flags(argv)
+    return complete_args(tyro.cli(Args, args=argv), given)
 
 
 def check_args(args: Args, task: Task) -> Args:
     """A copy of the flags, to work with: what was None is as the task says. Raises UserError."""
     args = replace(args, task=task.name)
-    if args.total_timesteps is None:
-        args.total_timesteps = task.total_timesteps
-    if args.warmup_steps is None:
-        args.warmup_steps = task.warmup_steps
+    for name in ("total_timesteps", "warmup_steps"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(task, name))
+    args = check_types(args)
     for (low, high), names in LIMITS.items():
         for name in names:
-            given = getattr(args, name)
-            if not low <= given <= high:  # NaN is in no interval
+            value = getattr(args, name)
+            if value is None or not low <= value <= high:  # NaN is in no interval
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} must be between {low} and {high}, not {given}")
+                raise UserError(f"{flag} must be between {low} and {high}, not {value}")
     if args.batch_size > 10**6:
         size = f"a batch of {args.batch_size} answers"
         raise UserError(f"{size} is too large; lower --num-prompts or --group-size")
@@ -857,7 +912,7 @@ def check_args(args: Args, task: Task) -> Args:
         what = "one ratio per answer, so the loss is the mean of answers; leave --loss-agg out"
         raise UserError(f"--ratio {args.ratio} gives {what}")
     if args.warmup_steps > 0 and task.demonstrate is None:
-        what = f"the task {task.name} demonstrates nothing; leave the flag out"
+        what = f"the task {task.name} demonstrates nothing; Task.demonstrate is missing"
         raise UserError(f"--warmup-steps: {what}")
     return args
 
@@ -865,21 +920,95 @@ def check_args(args: Args, task: Task) -> Args:
 def choose_task(args: Args, task: Task | None) -> Task:
     """`task`, or the one that args.task names, checked. Raises UserError."""
     if task is None:
-        if args.task not in TASKS:
+        if args.task not in list(TASKS):  # a list: what is given may have no hash
             names = " or ".join(TASKS)
             what = "hand a task of your own to train() or load_agent()"
-            raise UserError(f"--task must be {names}, not {args.task!r}; {what}")
+            raise UserError(f"--task must be {names}, not {args.task!r:.80}; {what}")
         task = TASKS[args.task]()
+    if getattr(task, "_fields", None) != Task._fields:
+        raise UserError(f"a task of your own must be a Task, not {task!r:.80}")
+    if not isinstance(task.name, str):
+        raise UserError(f"Task.name must be a string, not {task.name!r}")
     if args.resume is not None and args.task != task.name:
         raise UserError(f"{args.resume} is a run on the task {args.task!r}, not {task.name!r}")
-    if task.vocab[: END_ID + 1] != [END]:
-        raise UserError(f"Task.vocab must begin with {END!r}, not with {task.vocab[:1]}")
     return task
 
 
-@threads_restored()
+def check_task(task: Task, args: Args, saved: dict | None) -> None:
+    """Raises UserError, with field and question, where the task cannot be learned or evaluated.
+
+    Tries verify on the shortest answer, and before a warm-up demonstrate on a batch of questions.
+    saved: the checkpoint of a run that goes on, or is evaluated, with this task.
+    """
+    purposes = {"vocab": "every text", "prompts": "training", "held_out": "the evaluation"}
+    for field, purpose in purposes.items():
+        given = getattr(task, field)
+        if not isinstance(given, Sequence | np.ndarray) or len(given) == 0:
+            raise UserError(f"Task.{field} must be a list and not be empty: {purpose} needs it")
+    vocab = set()
+    for word in task.vocab:
+        if not isinstance(word, str) or word in vocab:
+            raise UserError(f"Task.vocab must have strings only, each once, but has {word!r}")
+        vocab.add(word)
+    if task.vocab[END_ID] != END:
+        raise UserError(f"Task.vocab must begin with {END!r}, not with {task.vocab[END_ID]!r}")
+    try:
+        fits = 1 <= operator.index(task.max_length) <= 2**16
+    except TypeError:
+        fits = False
+    if not fits:
+        what = f"a whole number between 1 and {2**16}, not {task.max_length!r}"
+        raise UserError(f"Task.max_length must be {what}")
+    for field in ("prompts", "held_out"):
+        for question in getattr(task, field):
+            count = check_words(f"Task.{field}: the question", question, vocab)
+            length = len(task.prompts[0])
+            if not 0 < count == length:
+                what = f"the question {question} has {count} words, the first {length}"
+                fix = "all need one length above 0: fill up with a blank word"
+                raise UserError(f"Task.{field}: {what}; {fix}")
+
+    try:
+        tries = [(task.prompts[0], [END]), (task.held_out[0], [END])]
+        if saved is None and args.warmup_steps > 0:
+            rng = random.Random(0)
+            for question in task.prompts[:256]:
+                tries.append((question, demonstration(task, question, vocab, rng)))
+        for question, answer in tries[:3]:  # a verifier may be slow
+            reward_of(task, question, answer)
+    except (RuntimeError, NonFiniteError) as reason:
+        raise UserError(str(reason)) from reason
+
+    if saved is None:
+        learned = set(map(tuple, task.prompts))
+        shared = sum(tuple(question) in learned for question in task.held_out)
+        if shared:
+            what = f"{shared} of {len(task.held_out)} questions in Task.held_out"
+            print(f"note: {what} are in Task.prompts too, where they may be learned by heart")
+    else:
+        state = {"vocab": list(task.vocab)} | saved["state"]  # old checkpoints have no vocab
+        if (state["vocab"], state["dims"]) != (list(task.vocab), agent_dims(task)):
+            what = "words, another order of them, or other lengths of questions and answers"
+            raise UserError(f"{args.resume} is a run on a Task with other {what}")
+
+
+def check_words(what: str, words: list[str], vocab: set[str]) -> int:
+    """How many words these are. Raises UserError unless all are in the vocabulary."""
+    try:
+        count = len(words)
+        unknown = set(words) - vocab
+    except TypeError as reason:
+        raise UserError(f"{what} {words!r} is not a list of words: {reason}") from reason
+    if unknown:
+        missing = ", ".join(sorted(map(repr, unknown)))
+        raise UserError(f"{what} {words} has what is not in Task.vocab: {missing}")
+    return count
+
+
+@torch_threads(1)
 def evaluate_run(args: Args) -> None:
     """--evaluate: evaluate the run of a folder, print it, and write evaluation.json there."""
+    path = Path(args.evaluate).expanduser()
     agent, task, trained = load_agent(args.evaluate)
     options = {name: getattr(args, name) for name in EVALUATION_FLAGS}
     trained = check_args(replace(trained, **options), task)
@@ -895,9 +1024,8 @@ def evaluate_run(args: Args) -> None:
         "eval_return_std": float(np.std(found["returns"])),
         "returns": found["returns"],
     }
-    path = Path(args.evaluate, "evaluation.json")
-    write_file(path, json.dumps([result], indent=2).encode())
     show(args.evaluate, found, trained.pass_k)
+    write_file(path / "evaluation.json", to_json([result]))
 
 
 # -------------------------------------------------------------------------------- AROUND THE RUN
@@ -927,14 +1055,41 @@ def stream(seed: int, name: str, index: int = 0) -> int:
     return int.from_bytes(key[:8], "little") % (2**30 - 2**20)
 
 
+def seed_globals(seed: int) -> None:
+    """Seed the generators of Python, NumPy and Torch, from which an environment may draw."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """What the disk refuses becomes a UserError that says where."""
+    try:
+        yield
+    except OSError as reason:
+        where = reason.filename or path
+        raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
+
+
 def write_file(path: Path, data: bytes) -> None:
     """All of the new content or all of the old, whenever the process or the machine dies."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def to_json(value: dict | list) -> bytes:
+    """JSON has no word for infinity, but reads 1e999 as that."""
+    return json.dumps(value, indent=2).replace(": Infinity", ": 1e999").encode()
 
 
 def save_checkpoint(path: Path, saved: dict) -> None:
@@ -966,7 +1121,7 @@ def load_checkpoint(path: Path, script: str = Path(__file__).stem) -> dict:
 
 def load_run(run_dir: str) -> tuple[Args, dict | None]:
     """The flags of a run folder, and its checkpoint if there is one. Raises UserError."""
-    path = Path(run_dir)
+    path = Path(run_dir).expanduser()
     try:
         config = json.loads((path / "config.json").read_text())
         script, flags = config["script"], config["args"]
@@ -985,6 +1140,47 @@ def load_run(run_dir: str) -> tuple[Args, dict | None]:
     if saved is not None and saved["args"] != flags:
         raise UserError(f"{path}/config.json has changed since the checkpoint; undo the change")
     return Args(**flags | {"run_dir": run_dir, "resume": run_dir}), saved
+
+
+def load_resumed(args: Args) -> tuple[Args, dict | None]:
+    """load_run() of args.resume, for train().
+
+    args: Args(resume=RUN_DIR) alone, or load_run(RUN_DIR)[0], in which what RESUME_FLAGS names may
+    have changed. Raises UserError for anything else.
+    """
+    own, saved = load_run(args.resume)
+    if args == Args(resume=args.resume):
+        args = own
+    allowed = {name: getattr(args, name) for name in RESUME_FLAGS}
+    if args != replace(own, **allowed):
+        what = "Args(resume=RUN_DIR) stands alone, since config.json has the other flags"
+        raise UserError(f"{what}; to change {' or '.join(RESUME_FLAGS)}, use load_run(RUN_DIR)[0]")
+    if args != own:
+        what = f"{args.resume} goes on with {', '.join(f'{k} {x}' for k, x in allowed.items())}"
+        print(f"note: {what}; the last bits may come out otherwise", file=sys.stderr)
+    if saved is None:
+        print(f"note: {args.resume} has no checkpoint and starts over", file=sys.stderr)
+    return args, saved
+
+
+@contextlib.contextmanager
+def saving_work(save: Callable[[], None], generators: list[torch.Generator], where: str):
+    """Around what may raise anything in mid-run, such as an environment that has lost its host.
+
+    Puts the generators back, saves what was learned until then, and raises a RuntimeError, or a
+    NonFiniteError again, that says where. A resumed run is as valid as any; the same bits as
+    without the error are not promised.
+    """
+    before = [generator.get_state() for generator in generators]
+    try:
+        yield
+    except Exception as reason:
+        for generator, generator_state in zip(generators, before, strict=True):
+            generator.set_state(generator_state)
+        save()
+        kind = NonFiniteError if isinstance(reason, NonFiniteError) else RuntimeError
+        what = f"{where}: {type(reason).__name__}: {reason}"
+        raise kind(f"{what}; --resume goes on from the update before") from reason
 
 
 def restore(parts: dict, saved: dict) -> None:
@@ -1008,6 +1204,8 @@ class Run:
         self.batch_size = args.batch_size
         (self.title,) = task.values()
         self.flags = json.loads(json.dumps(asdict(args) | {"run_dir": None, "resume": None}))
+        if saved:
+            self.flags = saved["args"]  # as in config.json, also where the run has moved
         self.recent = saved["recent"] if saved else []  # [return, length] of the last 100 episodes
         self.started = time.perf_counter()
         self.seconds_before = saved["seconds"] if saved else 0.0  # of earlier processes
@@ -1015,24 +1213,26 @@ class Run:
         self.sps = saved["sps"] if saved else None
         self.warm = None  # time and step when the first update, which may compile, was over
         name = f"{self.title}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = Path(args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}"))
+        path = args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}")
+        if not args.run_dir and Path(path).exists():  # two short runs in one second
+            path += f"-{time.time_ns() % 10**9}"
+        self.shown = Path(path).expanduser()
+        self.path = self.shown.absolute()  # an environment may change the working directory
         if args.track:
             call_wandb("login")
-        try:
+        with writing(self.path):
             if not args.resume:
                 self.create_folder()
             self.files = {}
             for name in ("metrics.csv", "episodes.csv"):
-                file = open(self.path / name, "r+" if saved else "w", newline="")  # noqa: SIM115
+                file = open(self.path / name, "r+" if saved else "a+", newline="")  # noqa: SIM115
+                self.lock(file)
                 length = saved["lengths"][name] if saved else 0
                 if file.seek(0, os.SEEK_END) < length:
-                    raise UserError(f"{self.path}/{name} is shorter than at the checkpoint")
+                    raise UserError(f"{self.shown}/{name} is shorter than at the checkpoint")
                 file.seek(length)
                 file.truncate()  # the rows after the checkpoint will be written again
                 self.files[name] = file
-        except OSError as reason:
-            where = reason.filename or self.path
-            raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
         self.wandb = None
         if args.track:
             start = (self.path / "config.json").read_bytes()  # names this run, and stays the same
@@ -1049,8 +1249,8 @@ class Run:
         """A new folder with config.json in it. Raises UserError where the folder is not empty."""
         self.path.mkdir(parents=True, exist_ok=True)
         if any(self.path.iterdir()):
-            what = f"choose another --run-dir, or --resume {self.path}"
-            raise UserError(f"{self.path} is not empty; {what}")
+            what = f"choose another --run-dir, or --resume {self.shown}"
+            raise UserError(f"{self.shown} is not empty; {what}")
         packages = ("torch", "numpy", "gymnasium", "envpool", "tyro")
         versions = {name: version(name) for name in packages if name in sys.modules}
         config = {
@@ -1059,7 +1259,26 @@ class Run:
             "versions": versions | {"python": sys.version.split()[0]},
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
-        write_file(self.path / "config.json", json.dumps(config, indent=2).encode())
+        write_file(self.path / "config.json", to_json(config))
+
+    def lock(self, file) -> None:
+        """Raises UserError where another process writes this file. Windows has no such locks."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as reason:
+            what = "another process is at work on it; wait until it has ended"
+            raise UserError(f"{self.shown}: {what}") from reason
+
+    def saving_work(self, state: dict, parts: dict):
+        """saving_work() for this run."""
+
+        def save() -> None:
+            save_checkpoint(self.path / "checkpoint.pt", self.checkpoint(state, parts))
+
+        generators = [part for part in parts.values() if isinstance(part, torch.Generator)]
+        return saving_work(save, generators, f"{self.title}, update {state['updates'] + 1}")
 
     def write_row(self, name: str, row: dict) -> None:
         """A row of a CSV; the first one goes under a header."""
@@ -1074,10 +1293,8 @@ class Run:
         more: metrics by their whole names.
         """
         step = update * self.batch_size
-        for row, episode_return, length in episodes:
-            where = {"global_step": step - self.batch_size + row + 1} | self.who
-            self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
-            self.recent.append([episode_return, length])
+        for _, *episode in episodes:
+            self.recent.append(episode)
         self.recent = self.recent[-100:]
         mean_return, mean_length = np.mean(self.recent, 0).tolist() if self.recent else (None, None)
         now = time.perf_counter()
@@ -1095,10 +1312,14 @@ class Run:
         row |= {f"charts/{name}": value for name, value in charts.items()}
         row |= {f"losses/{name}": value for name, value in losses.items()}
         row |= more
-        where = {"update": update, "global_step": step}
-        self.write_row("metrics.csv", where | self.who | row)
-        for file in self.files.values():
-            file.flush()
+        with writing(self.path):
+            for place, episode_return, length in episodes:
+                where = {"global_step": step - self.batch_size + place + 1} | self.who
+                self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
+            where = {"update": update, "global_step": step}
+            self.write_row("metrics.csv", where | self.who | row)
+            for file in self.files.values():
+                file.flush()
         if self.wandb is not None:
             self.wandb.log({k: x for k, x in row.items() if x is not None}, step=step)
         shown = {"return": mean_return, "KL": losses["kl_after_update"]}
@@ -1109,9 +1330,10 @@ class Run:
         """What --resume needs: the state of the loop and of every part, the lengths of the CSVs."""
         saved = {"script": Path(__file__).stem, "args": self.flags, "state": state}
         saved |= {"recent": self.recent, "seconds": self.seconds, "sps": self.sps, "lengths": {}}
-        for name, file in self.files.items():
-            os.fsync(file.fileno())
-            saved["lengths"][name] = file.tell()
+        with writing(self.path):
+            for name, file in self.files.items():
+                os.fsync(file.fileno())
+                saved["lengths"][name] = file.tell()
         for name, part in parts.items():
             take = part.get_state if isinstance(part, torch.Generator) else part.state_dict
             saved[name] = take()
@@ -1120,8 +1342,9 @@ class Run:
     def finish(self, state: dict, returns: list[float]) -> dict:
         """Write summary.json, with the returns of the evaluation, and say how the run did."""
         self.bar.close()
-        for file in self.files.values():
-            file.close()
+        with writing(self.path):
+            for file in self.files.values():
+                file.close()
         steps = state["updates"] * self.batch_size
         summary = {
             **self.task,
@@ -1136,12 +1359,12 @@ class Run:
             "eval_episodes": len(returns),
             "diverged_at": state["diverged_at"],
         }
-        write_file(self.path / "summary.json", json.dumps([summary], indent=2).encode())
+        write_file(self.path / "summary.json", to_json([summary]))
         if self.wandb is not None:
             self.wandb.summary.update(summary)
             self.wandb.finish()
         how = f"{self.who['objective']}, seed {self.who['seed']}: {describe(returns)}"
-        print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.path}")
+        print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.shown}")
         return summary
 
 
@@ -1161,14 +1384,51 @@ def call_wandb(name: str, /, **options):
         raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
 
 
-def check_alone(argv: list[str]) -> None:
-    """Raises UserError for a flag beside --resume or --evaluate: config.json decides there."""
-    words = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    flags = [word[2:].removeprefix("no-").replace("-", "_") for word in words]
-    for alone, allowed in (("resume", ()), ("evaluate", EVALUATION_FLAGS)):
-        for flag, word in zip(flags, words, strict=True):
-            if alone in flags and flag not in (alone, *allowed):
-                raise UserError(f"{word} cannot stand beside --{alone}: config.json decides")
+def check_types(args: Args) -> Args:
+    """A copy of the flags, in plain Python types. Raises UserError for a value of another type."""
+    plain = {}
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        allowed = get_args(field.type) or (field.type,)  # float and NoneType; the words of Literal
+        kinds = [kind for kind in allowed if isinstance(kind, type)]
+        if float in kinds:
+            kinds.append(int)
+        if value not in allowed and not isinstance(value, tuple(kinds)):
+            wanted = getattr(field.type, "__name__", field.type)
+            raise UserError(f"{field.name} must be {wanted}, not {value!r}")
+        plain[field.name] = value
+    return Args(**plain)
+
+
+def given_flags(argv: list[str]) -> list[str]:
+    """The names of the flags that are given. Raises UserError for one that cannot stand there."""
+    given = {}
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        flag, attached, _ = word.partition("=")
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if flag.startswith("--"):
+            given[name] = flag
+        switch = isinstance(getattr(Args, name, None), bool)
+        if switch and (attached or following.lower() in ("true", "false", "yes", "no", "1", "0")):
+            name = name.replace("_", "-")
+            raise UserError(f"{flag} takes no value: it is --{name} or --no-{name}")
+    for alone, allowed in (("resume", RESUME_FLAGS), ("evaluate", EVALUATION_FLAGS)):
+        for name, flag in given.items():
+            if alone in given and name not in (alone, *allowed):
+                raise UserError(f"{flag} cannot stand beside --{alone}: config.json decides")
+    return list(given)
+
+
+def complete_args(args: Args, given: list[str]) -> Args:
+    """With --resume, the flags of that run, changed by what is given beside it."""
+    if args.resume is None:
+        return args
+    changes = {name: getattr(args, name) for name in RESUME_FLAGS if name in given}
+    return replace(load_run(args.resume)[0], **changes)
 
 
 def command(argv: list[str]) -> None:
@@ -1182,11 +1442,12 @@ def command(argv: list[str]) -> None:
 
 def main(run_command: Callable[[list[str]], None] = command) -> None:
     """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame renders without a screen
     torch.set_num_threads(1)  # for small networks, more cost more than they save
     gc.freeze()  # what the imports left is no garbage; to search it costs some percent of a run
     try:
         run_command(sys.argv[1:])
-    except (UserError, NonFiniteError, OSError) as reason:  # OSError: a full disk, no permission
+    except (UserError, NonFiniteError) as reason:
         print("error: " + " ".join(str(reason).split()), file=sys.stderr)
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:

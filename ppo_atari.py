@@ -41,16 +41,17 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import envpool
 import numpy as np
@@ -60,6 +61,11 @@ import tyro
 from envpool.registration import registry
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @dataclass
@@ -551,7 +557,7 @@ def begin(args: Args, saved: dict | None) -> tuple[dict, dict]:
     """What a run begins with or goes on with: the state of its loop, and the parts that change."""
     spec = envpool.make_spec(args.env_id, full_action_space=args.full_action_space)
     dims = {"num_actions": int(spec.action_space.n), "bfloat16": args.precision == "bfloat16"}
-    torch.manual_seed(stream(args.seed, "weights"))
+    seed_globals(stream(args.seed, "weights"))
     agent = Agent(**dims).to(args.device)
     parts = {
         "agent": agent,
@@ -581,7 +587,7 @@ def train(args: Args) -> tuple[Agent, dict]:
     """
     saved = None
     if args.resume is not None:
-        args, saved = load_run(args.resume)
+        args, saved = load_resumed(args)
     args = check_args(args)
     objective = parse_objective(args.objective)
     rank, world = join_ranks(args.device)
@@ -683,6 +689,7 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
     actors.restart(seed)
     videos = []
     if args.capture_video:
+        shutil.rmtree(run_path / "videos", ignore_errors=True)  # those of an earlier evaluation
         videos = [open_video(run_path / "videos" / f"game-{i}.mp4") for i in range(num_games)]
     noise = np.zeros((num_games, agent.actor.out_features), np.float32)
     actions = np.zeros(num_games, int)
@@ -787,6 +794,7 @@ def open_video(path: Path):
 
 
 # ----------------------------------------------------------------------------------------- FLAGS
+RESUME_FLAGS = ("device", "compile", "threads")  # go beside --resume: a run may move
 EVALUATION_FLAGS = ("eval_episodes", "sample_actions", "capture_video")  # go beside --evaluate
 LIMITS = {
     (0, 2**31 - 1): ["seed"],
@@ -802,9 +810,8 @@ LIMITS = {
 
 def parse_args(argv: list[str]) -> Args:
     """The command line. Where it is wrong, tyro says so in a box and exits with code 2."""
-    args = tyro.cli(Args, args=argv)
-    check_alone(argv)
-    return args
+    given = given_flags(argv)
+    return complete_args(tyro.cli(Args, args=argv), given)
 
 
 def check_args(args: Args) -> Args:
@@ -812,6 +819,7 @@ def check_args(args: Args) -> Args:
 
     Raises UserError for the first flag that makes no sense.
     """
+    args = check_types(args)
     check_game(args.env_id)
     objective = parse_objective(args.objective)
     for (low, high), names in LIMITS.items():
@@ -838,11 +846,11 @@ def check_args(args: Args) -> Args:
     if args.device not in ("cpu", "cuda"):
         raise UserError(f"--device must be cpu or cuda, not {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA here; leave the flag out")
+        raise UserError("--device cuda: there is no CUDA here; use --device cpu")
     if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
         raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs are fewer than the ranks")
     if args.compile and not has_compiler():
-        raise UserError("--compile needs a C++ compiler such as g++; leave the flag out")
+        raise UserError("--compile needs a C++ compiler such as g++; use --no-compile")
     if args.capture_video and find_spec("moviepy") is None:
         raise UserError("--capture-video needs moviepy: pip install moviepy, or leave it out")
     if args.precision != "auto":
@@ -897,9 +905,10 @@ def space_checkpoints(args: Args) -> None:
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: evaluate the run of a folder, print it, and write evaluation.json there."""
+    path = Path(args.evaluate).expanduser()
     agent, trained = load_agent(args.evaluate)
     options = {name: getattr(args, name) for name in EVALUATION_FLAGS}
-    returns = evaluate(agent, check_args(replace(trained, **options)), Path(args.evaluate))
+    returns = evaluate(agent, check_args(replace(trained, **options)), path)
     result = {
         "seed": trained.seed,
         "objective": trained.objective,
@@ -908,9 +917,8 @@ def evaluate_run(args: Args) -> None:
         "eval_return_std": float(np.std(returns)),
         "returns": returns,
     }
-    path = Path(args.evaluate, "evaluation.json")
-    write_file(path, json.dumps([result], indent=2).encode())
     print(f"{args.evaluate}, seed {trained.seed}: {describe(returns)}, {result['actions']} actions")
+    write_file(path / "evaluation.json", to_json([result]))
 
 
 # -------------------------------------------------------------------------------- AROUND THE RUN
@@ -940,14 +948,41 @@ def stream(seed: int, name: str, index: int = 0) -> int:
     return int.from_bytes(key[:8], "little") % (2**30 - 2**20)
 
 
+def seed_globals(seed: int) -> None:
+    """Seed the generators of Python, NumPy and Torch, from which an environment may draw."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """What the disk refuses becomes a UserError that says where."""
+    try:
+        yield
+    except OSError as reason:
+        where = reason.filename or path
+        raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
+
+
 def write_file(path: Path, data: bytes) -> None:
     """All of the new content or all of the old, whenever the process or the machine dies."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def to_json(value: dict | list) -> bytes:
+    """JSON has no word for infinity, but reads 1e999 as that."""
+    return json.dumps(value, indent=2).replace(": Infinity", ": 1e999").encode()
 
 
 def save_checkpoint(path: Path, saved: dict) -> None:
@@ -979,7 +1014,7 @@ def load_checkpoint(path: Path, script: str = Path(__file__).stem) -> dict:
 
 def load_run(run_dir: str) -> tuple[Args, dict | None]:
     """The flags of a run folder, and its checkpoint if there is one. Raises UserError."""
-    path = Path(run_dir)
+    path = Path(run_dir).expanduser()
     try:
         config = json.loads((path / "config.json").read_text())
         script, flags = config["script"], config["args"]
@@ -998,6 +1033,47 @@ def load_run(run_dir: str) -> tuple[Args, dict | None]:
     if saved is not None and saved["args"] != flags:
         raise UserError(f"{path}/config.json has changed since the checkpoint; undo the change")
     return Args(**flags | {"run_dir": run_dir, "resume": run_dir}), saved
+
+
+def load_resumed(args: Args) -> tuple[Args, dict | None]:
+    """load_run() of args.resume, for train().
+
+    args: Args(resume=RUN_DIR) alone, or load_run(RUN_DIR)[0], in which what RESUME_FLAGS names may
+    have changed. Raises UserError for anything else.
+    """
+    own, saved = load_run(args.resume)
+    if args == Args(resume=args.resume):
+        args = own
+    allowed = {name: getattr(args, name) for name in RESUME_FLAGS}
+    if args != replace(own, **allowed):
+        what = "Args(resume=RUN_DIR) stands alone, since config.json has the other flags"
+        raise UserError(f"{what}; to change {' or '.join(RESUME_FLAGS)}, use load_run(RUN_DIR)[0]")
+    if args != own:
+        what = f"{args.resume} goes on with {', '.join(f'{k} {x}' for k, x in allowed.items())}"
+        print(f"note: {what}; the last bits may come out otherwise", file=sys.stderr)
+    if saved is None:
+        print(f"note: {args.resume} has no checkpoint and starts over", file=sys.stderr)
+    return args, saved
+
+
+@contextlib.contextmanager
+def saving_work(save: Callable[[], None], generators: list[torch.Generator], where: str):
+    """Around what may raise anything in mid-run, such as an environment that has lost its host.
+
+    Puts the generators back, saves what was learned until then, and raises a RuntimeError, or a
+    NonFiniteError again, that says where. A resumed run is as valid as any; the same bits as
+    without the error are not promised.
+    """
+    before = [generator.get_state() for generator in generators]
+    try:
+        yield
+    except Exception as reason:
+        for generator, generator_state in zip(generators, before, strict=True):
+            generator.set_state(generator_state)
+        save()
+        kind = NonFiniteError if isinstance(reason, NonFiniteError) else RuntimeError
+        what = f"{where}: {type(reason).__name__}: {reason}"
+        raise kind(f"{what}; --resume goes on from the update before") from reason
 
 
 def restore(parts: dict, saved: dict) -> None:
@@ -1021,6 +1097,8 @@ class Run:
         self.batch_size = args.batch_size
         (self.title,) = task.values()
         self.flags = json.loads(json.dumps(asdict(args) | {"run_dir": None, "resume": None}))
+        if saved:
+            self.flags = saved["args"]  # as in config.json, also where the run has moved
         self.recent = saved["recent"] if saved else []  # [return, length] of the last 100 episodes
         self.started = time.perf_counter()
         self.seconds_before = saved["seconds"] if saved else 0.0  # of earlier processes
@@ -1028,24 +1106,26 @@ class Run:
         self.sps = saved["sps"] if saved else None
         self.warm = None  # time and step when the first update, which may compile, was over
         name = f"{self.title}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = Path(args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}"))
+        path = args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}")
+        if not args.run_dir and Path(path).exists():  # two short runs in one second
+            path += f"-{time.time_ns() % 10**9}"
+        self.shown = Path(path).expanduser()
+        self.path = self.shown.absolute()  # an environment may change the working directory
         if args.track:
             call_wandb("login")
-        try:
+        with writing(self.path):
             if not args.resume:
                 self.create_folder()
             self.files = {}
             for name in ("metrics.csv", "episodes.csv"):
-                file = open(self.path / name, "r+" if saved else "w", newline="")  # noqa: SIM115
+                file = open(self.path / name, "r+" if saved else "a+", newline="")  # noqa: SIM115
+                self.lock(file)
                 length = saved["lengths"][name] if saved else 0
                 if file.seek(0, os.SEEK_END) < length:
-                    raise UserError(f"{self.path}/{name} is shorter than at the checkpoint")
+                    raise UserError(f"{self.shown}/{name} is shorter than at the checkpoint")
                 file.seek(length)
                 file.truncate()  # the rows after the checkpoint will be written again
                 self.files[name] = file
-        except OSError as reason:
-            where = reason.filename or self.path
-            raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
         self.wandb = None
         if args.track:
             start = (self.path / "config.json").read_bytes()  # names this run, and stays the same
@@ -1062,8 +1142,8 @@ class Run:
         """A new folder with config.json in it. Raises UserError where the folder is not empty."""
         self.path.mkdir(parents=True, exist_ok=True)
         if any(self.path.iterdir()):
-            what = f"choose another --run-dir, or --resume {self.path}"
-            raise UserError(f"{self.path} is not empty; {what}")
+            what = f"choose another --run-dir, or --resume {self.shown}"
+            raise UserError(f"{self.shown} is not empty; {what}")
         packages = ("torch", "numpy", "gymnasium", "envpool", "tyro")
         versions = {name: version(name) for name in packages if name in sys.modules}
         config = {
@@ -1072,7 +1152,26 @@ class Run:
             "versions": versions | {"python": sys.version.split()[0]},
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
-        write_file(self.path / "config.json", json.dumps(config, indent=2).encode())
+        write_file(self.path / "config.json", to_json(config))
+
+    def lock(self, file) -> None:
+        """Raises UserError where another process writes this file. Windows has no such locks."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as reason:
+            what = "another process is at work on it; wait until it has ended"
+            raise UserError(f"{self.shown}: {what}") from reason
+
+    def saving_work(self, state: dict, parts: dict):
+        """saving_work() for this run."""
+
+        def save() -> None:
+            save_checkpoint(self.path / "checkpoint.pt", self.checkpoint(state, parts))
+
+        generators = [part for part in parts.values() if isinstance(part, torch.Generator)]
+        return saving_work(save, generators, f"{self.title}, update {state['updates'] + 1}")
 
     def write_row(self, name: str, row: dict) -> None:
         """A row of a CSV; the first one goes under a header."""
@@ -1087,10 +1186,8 @@ class Run:
         more: metrics by their whole names.
         """
         step = update * self.batch_size
-        for row, episode_return, length in episodes:
-            where = {"global_step": step - self.batch_size + row + 1} | self.who
-            self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
-            self.recent.append([episode_return, length])
+        for _, *episode in episodes:
+            self.recent.append(episode)
         self.recent = self.recent[-100:]
         mean_return, mean_length = np.mean(self.recent, 0).tolist() if self.recent else (None, None)
         now = time.perf_counter()
@@ -1108,10 +1205,14 @@ class Run:
         row |= {f"charts/{name}": value for name, value in charts.items()}
         row |= {f"losses/{name}": value for name, value in losses.items()}
         row |= more
-        where = {"update": update, "global_step": step}
-        self.write_row("metrics.csv", where | self.who | row)
-        for file in self.files.values():
-            file.flush()
+        with writing(self.path):
+            for place, episode_return, length in episodes:
+                where = {"global_step": step - self.batch_size + place + 1} | self.who
+                self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
+            where = {"update": update, "global_step": step}
+            self.write_row("metrics.csv", where | self.who | row)
+            for file in self.files.values():
+                file.flush()
         if self.wandb is not None:
             self.wandb.log({k: x for k, x in row.items() if x is not None}, step=step)
         shown = {"return": mean_return, "KL": losses["kl_after_update"]}
@@ -1122,9 +1223,10 @@ class Run:
         """What --resume needs: the state of the loop and of every part, the lengths of the CSVs."""
         saved = {"script": Path(__file__).stem, "args": self.flags, "state": state}
         saved |= {"recent": self.recent, "seconds": self.seconds, "sps": self.sps, "lengths": {}}
-        for name, file in self.files.items():
-            os.fsync(file.fileno())
-            saved["lengths"][name] = file.tell()
+        with writing(self.path):
+            for name, file in self.files.items():
+                os.fsync(file.fileno())
+                saved["lengths"][name] = file.tell()
         for name, part in parts.items():
             take = part.get_state if isinstance(part, torch.Generator) else part.state_dict
             saved[name] = take()
@@ -1133,8 +1235,9 @@ class Run:
     def finish(self, state: dict, returns: list[float]) -> dict:
         """Write summary.json, with the returns of the evaluation, and say how the run did."""
         self.bar.close()
-        for file in self.files.values():
-            file.close()
+        with writing(self.path):
+            for file in self.files.values():
+                file.close()
         steps = state["updates"] * self.batch_size
         summary = {
             **self.task,
@@ -1149,12 +1252,12 @@ class Run:
             "eval_episodes": len(returns),
             "diverged_at": state["diverged_at"],
         }
-        write_file(self.path / "summary.json", json.dumps([summary], indent=2).encode())
+        write_file(self.path / "summary.json", to_json([summary]))
         if self.wandb is not None:
             self.wandb.summary.update(summary)
             self.wandb.finish()
         how = f"{self.who['objective']}, seed {self.who['seed']}: {describe(returns)}"
-        print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.path}")
+        print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.shown}")
         return summary
 
 
@@ -1174,14 +1277,51 @@ def call_wandb(name: str, /, **options):
         raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
 
 
-def check_alone(argv: list[str]) -> None:
-    """Raises UserError for a flag beside --resume or --evaluate: config.json decides there."""
-    words = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    flags = [word[2:].removeprefix("no-").replace("-", "_") for word in words]
-    for alone, allowed in (("resume", ()), ("evaluate", EVALUATION_FLAGS)):
-        for flag, word in zip(flags, words, strict=True):
-            if alone in flags and flag not in (alone, *allowed):
-                raise UserError(f"{word} cannot stand beside --{alone}: config.json decides")
+def check_types(args: Args) -> Args:
+    """A copy of the flags, in plain Python types. Raises UserError for a value of another type."""
+    plain = {}
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        allowed = get_args(field.type) or (field.type,)  # float and NoneType; the words of Literal
+        kinds = [kind for kind in allowed if isinstance(kind, type)]
+        if float in kinds:
+            kinds.append(int)
+        if value not in allowed and not isinstance(value, tuple(kinds)):
+            wanted = getattr(field.type, "__name__", field.type)
+            raise UserError(f"{field.name} must be {wanted}, not {value!r}")
+        plain[field.name] = value
+    return Args(**plain)
+
+
+def given_flags(argv: list[str]) -> list[str]:
+    """The names of the flags that are given. Raises UserError for one that cannot stand there."""
+    given = {}
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        flag, attached, _ = word.partition("=")
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if flag.startswith("--"):
+            given[name] = flag
+        switch = isinstance(getattr(Args, name, None), bool)
+        if switch and (attached or following.lower() in ("true", "false", "yes", "no", "1", "0")):
+            name = name.replace("_", "-")
+            raise UserError(f"{flag} takes no value: it is --{name} or --no-{name}")
+    for alone, allowed in (("resume", RESUME_FLAGS), ("evaluate", EVALUATION_FLAGS)):
+        for name, flag in given.items():
+            if alone in given and name not in (alone, *allowed):
+                raise UserError(f"{flag} cannot stand beside --{alone}: config.json decides")
+    return list(given)
+
+
+def complete_args(args: Args, given: list[str]) -> Args:
+    """With --resume, the flags of that run, changed by what is given beside it."""
+    if args.resume is None:
+        return args
+    changes = {name: getattr(args, name) for name in RESUME_FLAGS if name in given}
+    return replace(load_run(args.resume)[0], **changes)
 
 
 def command(argv: list[str]) -> None:
@@ -1195,11 +1335,12 @@ def command(argv: list[str]) -> None:
 
 def main(run_command: Callable[[list[str]], None] = command) -> None:
     """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame renders without a screen
     torch.set_num_threads(1)  # for small networks, more cost more than they save
     gc.freeze()  # what the imports left is no garbage; to search it costs some percent of a run
     try:
         run_command(sys.argv[1:])
-    except (UserError, NonFiniteError, OSError) as reason:  # OSError: a full disk, no permission
+    except (UserError, NonFiniteError) as reason:
         print("error: " + " ".join(str(reason).split()), file=sys.stderr)
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:

@@ -26,23 +26,26 @@ checkpoint.pt and summary.json in a folder under runs/. Expect 500 on CartPole: 
 All of PPO stands above the line FLAGS. What is below can be skipped.
 """
 
+import contextlib
 import csv
 import gc
 import hashlib
+import importlib
 import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -50,6 +53,11 @@ import torch
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @dataclass
@@ -108,13 +116,19 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
     Raises UserError where they cannot be made, or do not suit this script.
     """
     options = {"render_mode": "rgb_array"} if render else {}
-    if num_envs == 1:  # one CartPole is faster than a CartPoleVectorEnv of one
-        options["vectorization_mode"] = "sync"
+    module, _, env_id = args.env_id.rpartition(":")
     try:
-        envs = gym.make_vec(args.env_id, num_envs, **options)
+        if module:
+            importlib.import_module(module)
+        # one CartPole is faster than a CartPoleVectorEnv of one
+        if num_envs == 1 or gym.spec(env_id).vector_entry_point is None:
+            options |= {"vectorization_mode": "sync", "wrappers": [Checked]}
+            options["disable_env_checker"] = True  # Checked does that
+        envs = gym.make_vec(env_id, num_envs, **options)
     except Exception as reason:  # an environment may raise anything
-        raise UserError(f"cannot make the environment {args.env_id!r}: {reason}") from reason
+        raise UserError(f"cannot make {args.env_id!r}: {reason}{import_hint(reason)}") from reason
     check_spaces(args, envs)
+    check_interface(args, envs)
     return envs
 
 
@@ -287,14 +301,18 @@ class Actors:
     """
 
     def __init__(self, args: Args, num_envs: int, videos: Path | None = None):
+        seed_globals(args.seed)
         self.envs = make_envs(args, num_envs, render=videos is not None)
         self.num_envs = num_envs
+        self.episode_limit = self.envs.spec.max_episode_steps  # None where none is registered
         if videos is not None:  # film every episode
+            shutil.rmtree(videos, ignore_errors=True)  # those of an earlier evaluation
             film = gym.wrappers.vector.RecordVideo
             self.envs = film(self.envs, str(videos), episode_trigger=lambda _: True)
 
     def restart(self, seed: int) -> None:
         """Every actor begins a new episode; `seed` decides which."""
+        seed_globals(seed)
         obs, _ = self.envs.reset(seed=seed)
         self.obs = obs.astype(np.float32)
         self.ended = np.zeros(self.num_envs, bool)
@@ -319,6 +337,13 @@ class Actors:
             self.returns[i] = 0
             self.lengths[i] = 0
         return rewards, terminated, truncated, episodes
+
+    def close(self) -> None:
+        """Close the environments. One that cannot even do that costs nobody the run."""
+        try:
+            self.envs.close()
+        except Exception as reason:
+            print(f"note: the environments did not close: {reason!r}", file=sys.stderr)
 
 
 def collect(play: Callable, actors: Actors, noise: np.ndarray) -> tuple[dict, list]:
@@ -424,12 +449,23 @@ def batch_metrics(agent: Agent, batch: dict[str, Tensor]) -> dict[str, float]:
 
 
 # -------------------------------------------------------------------------------------- TRAINING
+@contextlib.contextmanager
+def torch_threads(count: int):
+    """PyTorch uses `count` CPU threads inside; afterwards, whatever happened, as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def begin(args: Args, actors: Actors, saved: dict | None) -> tuple[dict, dict]:
     """The state of the loop, plain values, and the parts that learn or draw; new, or restored."""
     obs_space = actors.envs.single_observation_space
     action_space = actors.envs.single_action_space
     dims = {"obs_dim": obs_space.shape[0], "num_actions": int(action_space.n)}
-    torch.manual_seed(stream(args.seed, "weights"))
+    seed_globals(stream(args.seed, "weights"))
     agent = Agent(**dims).to(args.device)
     parts = {
         "agent": agent,
@@ -452,6 +488,7 @@ def begin(args: Args, actors: Actors, saved: dict | None) -> tuple[dict, dict]:
     return state, parts
 
 
+@torch_threads(1)  # for small networks, more cost more than they save
 def train(args: Args) -> tuple[Agent, dict]:
     """Algorithm 1, then the evaluation. Returns the agent and what summary.json says of the run.
 
@@ -459,24 +496,27 @@ def train(args: Args) -> tuple[Agent, dict]:
     """
     saved = None
     if args.resume is not None:
-        args, saved = load_run(args.resume)
+        args, saved = load_resumed(args)
     args = check_args(args)
     objective = parse_objective(args.objective)
     actors = Actors(args, args.num_envs)
     state, parts = begin(args, actors, saved)
     agent = parts["agent"]
     gradient_fn = compiled(gradient) if args.compile else gradient
-    space_checkpoints(args, actors.envs.spec.max_episode_steps)
+    space_checkpoints(args, actors.episode_limit)
     who = {"seed": args.seed, "objective": args.objective}
     run = Run(args, {"env_id": args.env_id}, who, saved)
 
+    restart = True  # environments cannot be saved: they begin anew after a checkpoint
     for iteration in range(state["updates"], args.num_updates):
         # ROLLOUT
-        if iteration % args.checkpoint_every == 0:  # at first, and after a checkpoint: see there
-            actors.restart(stream(args.seed, "environments", iteration))
         shape = (args.num_steps, args.num_envs, state["dims"]["num_actions"])
-        noise = draw_noise(shape, parts["action_rng"])
-        rollout, episodes = collect(partial(act, agent), actors, noise)
+        with run.saving_work(state, parts):
+            if restart:
+                actors.restart(stream(args.seed, "environments", iteration))
+                num_episodes = 0
+            noise = draw_noise(shape, parts["action_rng"])
+            rollout, episodes = collect(partial(act, agent), actors, noise)
         check_finite({"obs": rollout["obs"], "rewards": rollout["rewards"]}, iteration + 1)
 
         # ADVANTAGES
@@ -528,32 +568,37 @@ def train(args: Args) -> tuple[Agent, dict]:
         state["updates"] += 1
         state["transitions"] += int(batch["valid"].sum())
         run.log(state["updates"], episodes, {"learning_rate": lr, "beta": beta}, losses)
-        if state["updates"] % args.checkpoint_every == 0 or state["updates"] == args.num_updates:
+        num_episodes += len(episodes)
+        restart = checkpoint_due(args, state["updates"], num_episodes)
+        if restart or state["updates"] == args.num_updates:
             save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
-    actors.envs.close()
+    actors.close()
     return agent, run.finish(state, evaluate(agent, args, run.path))
 
 
 def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
     """The returns of args.eval_episodes episodes, on seeds that training never used.
 
-    Greedy actions, or sampled ones with args.sample_actions. An episode that has not ended after
-    100,000 steps is cut there.
+    Greedy actions, or sampled ones with args.sample_actions. Where no time limit is registered,
+    episodes are cut so that the evaluation takes no more steps than the training took.
     """
     seed = 2**30 + stream(args.seed, "evaluation")
     actors = Actors(args, 1, run_path / "videos" if args.capture_video else None)
+    limit = actors.episode_limit or max(1000, args.total_timesteps // args.eval_episodes)
     noise, shape = 0.0, (1, actors.envs.single_action_space.n)
-    returns = []
+    returns, num_cut = [], 0
     for episode in range(args.eval_episodes):
         actors.restart(seed + episode)
         rng = torch.Generator().manual_seed(seed + episode)
         ended = []
-        while not ended and actors.lengths[0] < 100_000:
+        while not ended and actors.lengths[0] < limit:
             if args.sample_actions:
                 noise = draw_noise(shape, rng)
             *_, ended = actors.step(act(agent, actors.obs, noise))
         returns.append(ended[0][1] if ended else float(actors.returns[0]))
-    actors.envs.close()
+        num_cut += not ended
+    actors.close()
+    check_evaluation(returns, num_cut, limit)
     return returns
 
 
@@ -588,6 +633,7 @@ def load_policy(run_dir: str, sample_actions: bool = False) -> Callable[[np.ndar
 
 # ----------------------------------------------------------------------------------------- FLAGS
 EVALUATION_FLAGS = ("eval_episodes", "sample_actions", "capture_video")  # go beside --evaluate
+RESUME_FLAGS = ("device", "compile")  # go beside --resume: a run may go on on another machine
 LIMITS = {
     (0, 2**31 - 1): ["seed"],
     (1, 10**12): ["total_timesteps"],
@@ -601,13 +647,13 @@ LIMITS = {
 
 def parse_args(argv: list[str]) -> Args:
     """The command line. Where it is wrong, tyro says so in a box and exits with code 2."""
-    args = tyro.cli(Args, args=argv)
-    check_alone(argv)
-    return args
+    given = given_flags(argv)
+    return complete_args(tyro.cli(Args, args=argv), given)
 
 
 def check_args(args: Args) -> Args:
     """A copy of the flags, to work with. Raises UserError for the first that makes no sense."""
+    args = check_types(args)
     objective = parse_objective(args.objective)
     for (low, high), names in LIMITS.items():
         for name in names:
@@ -629,12 +675,12 @@ def check_args(args: Args) -> Args:
     if args.device not in ("cpu", "cuda"):
         raise UserError(f"--device must be cpu or cuda, not {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA here; leave the flag out")
+        raise UserError("--device cuda: there is no CUDA here; use --device cpu")
     if args.compile and not has_compiler():
-        raise UserError("--compile needs a C++ compiler such as g++; leave the flag out")
+        raise UserError("--compile needs a C++ compiler such as g++; use --no-compile")
     if args.capture_video:
         check_rendering(args)
-    return replace(args)
+    return args
 
 
 def parse_objective(text: str) -> Objective:
@@ -655,6 +701,12 @@ def parse_objective(text: str) -> Objective:
     raise UserError(f"{text!r} is no objective: clip:EPS, kl:BETA, adaptive:D_TARG, none or pg")
 
 
+def import_hint(reason: Exception) -> str:
+    """What to try where a module:Name-v0 names a module that Python does not find."""
+    missing = isinstance(reason, ModuleNotFoundError)
+    return "; is its folder in PYTHONPATH?" if missing else ""
+
+
 def check_spaces(args: Args, envs: gym.vector.VectorEnv) -> None:
     """Raises UserError where this script cannot handle the environments."""
     actions = envs.single_action_space
@@ -667,14 +719,73 @@ def check_spaces(args: Args, envs: gym.vector.VectorEnv) -> None:
         raise UserError(f"{args.env_id} does not reset itself on the step after an end")
 
 
+def check_interface(args: Args, envs: gym.vector.VectorEnv) -> None:
+    """Raises UserError where an environment breaks Gymnasium's interface: a reset and a step tell.
+
+    A vector environment that is not made of single ones is trusted.
+    """
+    if not isinstance(envs, gym.vector.SyncVectorEnv):
+        return
+    env = envs.envs[0]
+    space = env.unwrapped.observation_space
+    env.action_space.seed(0)
+    for method in ("reset", "step"):
+        try:
+            if method == "reset":
+                obs, _ = env.reset(seed=0)
+            else:
+                obs, *_ = env.step(env.action_space.sample())
+            shape, dtype = np.shape(obs), np.asarray(obs).dtype
+        except Exception as reason:  # an environment may raise anything
+            what = f"{args.env_id} breaks Gymnasium's interface in {method}()"
+            raise UserError(f"{what}: {type(reason).__name__}: {reason}") from reason
+        if shape != space.shape or not np.can_cast(dtype, np.float64, "same_kind"):
+            what = f"{args.env_id}: {method}() gives an observation of shape {shape} and {dtype}"
+            raise UserError(f"{what}; declared is {space}")
+
+
+class Checked(gym.Wrapper):
+    """An environment whose harmless departures from Gymnasium's interface are smoothed out.
+
+    Observations may be of another dtype than declared, a reward may be an array of one number, and
+    infos, which nobody reads here, may be anything.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        space = env.observation_space
+        if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+            self.observation_space = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float64)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        try:
+            obs, _ = self.env.reset(seed=seed, options=options)
+        except SystemExit as reason:  # this process would end, as if all were well
+            raise RuntimeError(f"reset() calls sys.exit({reason.code})") from reason
+        return obs, {}
+
+    def step(self, action) -> tuple:
+        try:
+            obs, reward, terminated, truncated, _ = self.env.step(action)
+        except SystemExit as reason:
+            raise RuntimeError(f"step() calls sys.exit({reason.code})") from reason
+        return obs, float(np.asarray(reward).item()), bool(terminated), bool(truncated), {}
+
+    def render(self) -> np.ndarray:
+        """A picture [H, W, 3], with even sides: browsers play no mp4 with odd ones."""
+        picture = self.env.render()
+        if np.ndim(picture) != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
+            raise ValueError(f"render() gives {picture!r:.40}, which is no uint8 [H, W, 3]")
+        height, width, _ = picture.shape
+        return picture[: height - height % 2, : width - width % 2]
+
+
 def check_rendering(args: Args) -> None:
     """Raises UserError where there would be no video: before the training, not after it."""
     envs = make_envs(args, 1, render=True)
     try:
         envs.reset(seed=0)
-        (picture,) = envs.render()
-        if np.ndim(picture) != 3:
-            raise ValueError(f"render() gives {picture!r:.40}")
+        envs.render()
     except Exception as reason:  # no display, driver or package: each raises a type of its own
         raise UserError(f"cannot render {args.env_id} here: {reason}") from reason
     finally:
@@ -691,24 +802,51 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True)
 
 
-def space_checkpoints(args: Args, episode_steps: int | None) -> None:
+def space_checkpoints(args: Args, episode_limit: int | None) -> None:
     """Fill in --checkpoint-every, so that 50 full episodes lie between two checkpoints.
 
-    Environments cannot be saved. So after a checkpoint every run, resumed or not, restarts them,
-    and episodes are cut short there.
+    After a checkpoint every run, resumed or not, restarts its environments, and episodes are cut
+    short there. Where no time limit is registered, see checkpoint_due().
     """
-    safe = math.ceil(50 * (episode_steps or 1000) / args.num_steps)
+    if episode_limit is None:
+        return
+    safe = math.ceil(50 * episode_limit / args.num_steps)
     if 0 < args.checkpoint_every < min(safe, args.num_updates):
         what = f"--checkpoint-every below {safe} biases reported returns to short episodes"
         print(f"note: {what}", file=sys.stderr)
+    if args.total_timesteps > 1_000_000:  # a long run has ten, however long episodes may be
+        safe = min(safe, math.ceil(args.num_updates / 10))
     args.checkpoint_every = args.checkpoint_every or safe
+
+
+def checkpoint_due(args: Args, updates: int, num_episodes: int) -> bool:
+    """Whether a checkpoint follows this update: every --checkpoint-every updates.
+
+    Where that is 0 to the end, after 50 episodes of each actor: num_episodes are those since the
+    last checkpoint. A long run has ten in any case. No clock decides, or the bits would differ.
+    """
+    if args.checkpoint_every > 0:
+        return updates % args.checkpoint_every == 0
+    long = args.total_timesteps > 1_000_000
+    tenth = long and updates % math.ceil(args.num_updates / 10) == 0
+    return tenth or num_episodes >= 50 * args.num_envs
+
+
+def check_evaluation(returns: list[float], num_cut: int, limit: int) -> None:
+    """Raises NonFiniteError for a return that is not finite; says how many episodes were cut."""
+    if not np.isfinite(returns).all():
+        raise NonFiniteError(f"a return of the evaluation is not finite: {returns}")
+    if num_cut:
+        what = f"{num_cut} of {len(returns)} evaluation episodes did not end by themselves"
+        print(f"note: {what} and were cut after {limit:,} steps", file=sys.stderr)
 
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: evaluate the run of a folder, print it, and write evaluation.json there."""
+    path = Path(args.evaluate).expanduser()
     agent, trained = load_agent(args.evaluate)
     options = {name: getattr(args, name) for name in EVALUATION_FLAGS}
-    returns = evaluate(agent, check_args(replace(trained, **options)), Path(args.evaluate))
+    returns = evaluate(agent, check_args(replace(trained, **options)), path)
     result = {
         "seed": trained.seed,
         "objective": trained.objective,
@@ -717,9 +855,8 @@ def evaluate_run(args: Args) -> None:
         "eval_return_std": float(np.std(returns)),
         "returns": returns,
     }
-    path = Path(args.evaluate, "evaluation.json")
-    write_file(path, json.dumps([result], indent=2).encode())
     print(f"{args.evaluate}, seed {trained.seed}: {describe(returns)}, {result['actions']} actions")
+    write_file(path / "evaluation.json", to_json([result]))
 
 
 # -------------------------------------------------------------------------------- AROUND THE RUN
@@ -749,14 +886,41 @@ def stream(seed: int, name: str, index: int = 0) -> int:
     return int.from_bytes(key[:8], "little") % (2**30 - 2**20)
 
 
+def seed_globals(seed: int) -> None:
+    """Seed the generators of Python, NumPy and Torch, from which an environment may draw."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """What the disk refuses becomes a UserError that says where."""
+    try:
+        yield
+    except OSError as reason:
+        where = reason.filename or path
+        raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
+
+
 def write_file(path: Path, data: bytes) -> None:
     """All of the new content or all of the old, whenever the process or the machine dies."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def to_json(value: dict | list) -> bytes:
+    """JSON has no word for infinity, but reads 1e999 as that."""
+    return json.dumps(value, indent=2).replace(": Infinity", ": 1e999").encode()
 
 
 def save_checkpoint(path: Path, saved: dict) -> None:
@@ -788,7 +952,7 @@ def load_checkpoint(path: Path, script: str = Path(__file__).stem) -> dict:
 
 def load_run(run_dir: str) -> tuple[Args, dict | None]:
     """The flags of a run folder, and its checkpoint if there is one. Raises UserError."""
-    path = Path(run_dir)
+    path = Path(run_dir).expanduser()
     try:
         config = json.loads((path / "config.json").read_text())
         script, flags = config["script"], config["args"]
@@ -807,6 +971,47 @@ def load_run(run_dir: str) -> tuple[Args, dict | None]:
     if saved is not None and saved["args"] != flags:
         raise UserError(f"{path}/config.json has changed since the checkpoint; undo the change")
     return Args(**flags | {"run_dir": run_dir, "resume": run_dir}), saved
+
+
+def load_resumed(args: Args) -> tuple[Args, dict | None]:
+    """load_run() of args.resume, for train().
+
+    args: Args(resume=RUN_DIR) alone, or load_run(RUN_DIR)[0], in which what RESUME_FLAGS names may
+    have changed. Raises UserError for anything else.
+    """
+    own, saved = load_run(args.resume)
+    if args == Args(resume=args.resume):
+        args = own
+    allowed = {name: getattr(args, name) for name in RESUME_FLAGS}
+    if args != replace(own, **allowed):
+        what = "Args(resume=RUN_DIR) stands alone, since config.json has the other flags"
+        raise UserError(f"{what}; to change {' or '.join(RESUME_FLAGS)}, use load_run(RUN_DIR)[0]")
+    if args != own:
+        what = f"{args.resume} goes on with {', '.join(f'{k} {x}' for k, x in allowed.items())}"
+        print(f"note: {what}; the last bits may come out otherwise", file=sys.stderr)
+    if saved is None:
+        print(f"note: {args.resume} has no checkpoint and starts over", file=sys.stderr)
+    return args, saved
+
+
+@contextlib.contextmanager
+def saving_work(save: Callable[[], None], generators: list[torch.Generator], where: str):
+    """Around what may raise anything in mid-run, such as an environment that has lost its host.
+
+    Puts the generators back, saves what was learned until then, and raises a RuntimeError, or a
+    NonFiniteError again, that says where. A resumed run is as valid as any; the same bits as
+    without the error are not promised.
+    """
+    before = [generator.get_state() for generator in generators]
+    try:
+        yield
+    except Exception as reason:
+        for generator, generator_state in zip(generators, before, strict=True):
+            generator.set_state(generator_state)
+        save()
+        kind = NonFiniteError if isinstance(reason, NonFiniteError) else RuntimeError
+        what = f"{where}: {type(reason).__name__}: {reason}"
+        raise kind(f"{what}; --resume goes on from the update before") from reason
 
 
 def restore(parts: dict, saved: dict) -> None:
@@ -830,6 +1035,8 @@ class Run:
         self.batch_size = args.batch_size
         (self.title,) = task.values()
         self.flags = json.loads(json.dumps(asdict(args) | {"run_dir": None, "resume": None}))
+        if saved:
+            self.flags = saved["args"]  # as in config.json, also where the run has moved
         self.recent = saved["recent"] if saved else []  # [return, length] of the last 100 episodes
         self.started = time.perf_counter()
         self.seconds_before = saved["seconds"] if saved else 0.0  # of earlier processes
@@ -837,24 +1044,26 @@ class Run:
         self.sps = saved["sps"] if saved else None
         self.warm = None  # time and step when the first update, which may compile, was over
         name = f"{self.title}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = Path(args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}"))
+        path = args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}")
+        if not args.run_dir and Path(path).exists():  # two short runs in one second
+            path += f"-{time.time_ns() % 10**9}"
+        self.shown = Path(path).expanduser()
+        self.path = self.shown.absolute()  # an environment may change the working directory
         if args.track:
             call_wandb("login")
-        try:
+        with writing(self.path):
             if not args.resume:
                 self.create_folder()
             self.files = {}
             for name in ("metrics.csv", "episodes.csv"):
-                file = open(self.path / name, "r+" if saved else "w", newline="")  # noqa: SIM115
+                file = open(self.path / name, "r+" if saved else "a+", newline="")  # noqa: SIM115
+                self.lock(file)
                 length = saved["lengths"][name] if saved else 0
                 if file.seek(0, os.SEEK_END) < length:
-                    raise UserError(f"{self.path}/{name} is shorter than at the checkpoint")
+                    raise UserError(f"{self.shown}/{name} is shorter than at the checkpoint")
                 file.seek(length)
                 file.truncate()  # the rows after the checkpoint will be written again
                 self.files[name] = file
-        except OSError as reason:
-            where = reason.filename or self.path
-            raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
         self.wandb = None
         if args.track:
             start = (self.path / "config.json").read_bytes()  # names this run, and stays the same
@@ -871,8 +1080,8 @@ class Run:
         """A new folder with config.json in it. Raises UserError where the folder is not empty."""
         self.path.mkdir(parents=True, exist_ok=True)
         if any(self.path.iterdir()):
-            what = f"choose another --run-dir, or --resume {self.path}"
-            raise UserError(f"{self.path} is not empty; {what}")
+            what = f"choose another --run-dir, or --resume {self.shown}"
+            raise UserError(f"{self.shown} is not empty; {what}")
         packages = ("torch", "numpy", "gymnasium", "envpool", "tyro")
         versions = {name: version(name) for name in packages if name in sys.modules}
         config = {
@@ -881,7 +1090,26 @@ class Run:
             "versions": versions | {"python": sys.version.split()[0]},
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
-        write_file(self.path / "config.json", json.dumps(config, indent=2).encode())
+        write_file(self.path / "config.json", to_json(config))
+
+    def lock(self, file) -> None:
+        """Raises UserError where another process writes this file. Windows has no such locks."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as reason:
+            what = "another process is at work on it; wait until it has ended"
+            raise UserError(f"{self.shown}: {what}") from reason
+
+    def saving_work(self, state: dict, parts: dict):
+        """saving_work() for this run."""
+
+        def save() -> None:
+            save_checkpoint(self.path / "checkpoint.pt", self.checkpoint(state, parts))
+
+        generators = [part for part in parts.values() if isinstance(part, torch.Generator)]
+        return saving_work(save, generators, f"{self.title}, update {state['updates'] + 1}")
 
     def write_row(self, name: str, row: dict) -> None:
         """A row of a CSV; the first one goes under a header."""
@@ -896,10 +1124,8 @@ class Run:
         more: metrics by their whole names.
         """
         step = update * self.batch_size
-        for row, episode_return, length in episodes:
-            where = {"global_step": step - self.batch_size + row + 1} | self.who
-            self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
-            self.recent.append([episode_return, length])
+        for _, *episode in episodes:
+            self.recent.append(episode)
         self.recent = self.recent[-100:]
         mean_return, mean_length = np.mean(self.recent, 0).tolist() if self.recent else (None, None)
         now = time.perf_counter()
@@ -917,10 +1143,14 @@ class Run:
         row |= {f"charts/{name}": value for name, value in charts.items()}
         row |= {f"losses/{name}": value for name, value in losses.items()}
         row |= more
-        where = {"update": update, "global_step": step}
-        self.write_row("metrics.csv", where | self.who | row)
-        for file in self.files.values():
-            file.flush()
+        with writing(self.path):
+            for place, episode_return, length in episodes:
+                where = {"global_step": step - self.batch_size + place + 1} | self.who
+                self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
+            where = {"update": update, "global_step": step}
+            self.write_row("metrics.csv", where | self.who | row)
+            for file in self.files.values():
+                file.flush()
         if self.wandb is not None:
             self.wandb.log({k: x for k, x in row.items() if x is not None}, step=step)
         shown = {"return": mean_return, "KL": losses["kl_after_update"]}
@@ -931,9 +1161,10 @@ class Run:
         """What --resume needs: the state of the loop and of every part, the lengths of the CSVs."""
         saved = {"script": Path(__file__).stem, "args": self.flags, "state": state}
         saved |= {"recent": self.recent, "seconds": self.seconds, "sps": self.sps, "lengths": {}}
-        for name, file in self.files.items():
-            os.fsync(file.fileno())
-            saved["lengths"][name] = file.tell()
+        with writing(self.path):
+            for name, file in self.files.items():
+                os.fsync(file.fileno())
+                saved["lengths"][name] = file.tell()
         for name, part in parts.items():
             take = part.get_state if isinstance(part, torch.Generator) else part.state_dict
             saved[name] = take()
@@ -942,8 +1173,9 @@ class Run:
     def finish(self, state: dict, returns: list[float]) -> dict:
         """Write summary.json, with the returns of the evaluation, and say how the run did."""
         self.bar.close()
-        for file in self.files.values():
-            file.close()
+        with writing(self.path):
+            for file in self.files.values():
+                file.close()
         steps = state["updates"] * self.batch_size
         summary = {
             **self.task,
@@ -958,12 +1190,12 @@ class Run:
             "eval_episodes": len(returns),
             "diverged_at": state["diverged_at"],
         }
-        write_file(self.path / "summary.json", json.dumps([summary], indent=2).encode())
+        write_file(self.path / "summary.json", to_json([summary]))
         if self.wandb is not None:
             self.wandb.summary.update(summary)
             self.wandb.finish()
         how = f"{self.who['objective']}, seed {self.who['seed']}: {describe(returns)}"
-        print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.path}")
+        print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.shown}")
         return summary
 
 
@@ -983,14 +1215,51 @@ def call_wandb(name: str, /, **options):
         raise UserError(f"--track: {reason}; or set WANDB_MODE=offline") from reason
 
 
-def check_alone(argv: list[str]) -> None:
-    """Raises UserError for a flag beside --resume or --evaluate: config.json decides there."""
-    words = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    flags = [word[2:].removeprefix("no-").replace("-", "_") for word in words]
-    for alone, allowed in (("resume", ()), ("evaluate", EVALUATION_FLAGS)):
-        for flag, word in zip(flags, words, strict=True):
-            if alone in flags and flag not in (alone, *allowed):
-                raise UserError(f"{word} cannot stand beside --{alone}: config.json decides")
+def check_types(args: Args) -> Args:
+    """A copy of the flags, in plain Python types. Raises UserError for a value of another type."""
+    plain = {}
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        allowed = get_args(field.type) or (field.type,)  # float and NoneType; the words of Literal
+        kinds = [kind for kind in allowed if isinstance(kind, type)]
+        if float in kinds:
+            kinds.append(int)
+        if value not in allowed and not isinstance(value, tuple(kinds)):
+            wanted = getattr(field.type, "__name__", field.type)
+            raise UserError(f"{field.name} must be {wanted}, not {value!r}")
+        plain[field.name] = value
+    return Args(**plain)
+
+
+def given_flags(argv: list[str]) -> list[str]:
+    """The names of the flags that are given. Raises UserError for one that cannot stand there."""
+    given = {}
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        flag, attached, _ = word.partition("=")
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if flag.startswith("--"):
+            given[name] = flag
+        switch = isinstance(getattr(Args, name, None), bool)
+        if switch and (attached or following.lower() in ("true", "false", "yes", "no", "1", "0")):
+            name = name.replace("_", "-")
+            raise UserError(f"{flag} takes no value: it is --{name} or --no-{name}")
+    for alone, allowed in (("resume", RESUME_FLAGS), ("evaluate", EVALUATION_FLAGS)):
+        for name, flag in given.items():
+            if alone in given and name not in (alone, *allowed):
+                raise UserError(f"{flag} cannot stand beside --{alone}: config.json decides")
+    return list(given)
+
+
+def complete_args(args: Args, given: list[str]) -> Args:
+    """With --resume, the flags of that run, changed by what is given beside it."""
+    if args.resume is None:
+        return args
+    changes = {name: getattr(args, name) for name in RESUME_FLAGS if name in given}
+    return replace(load_run(args.resume)[0], **changes)
 
 
 def command(argv: list[str]) -> None:
@@ -1004,11 +1273,12 @@ def command(argv: list[str]) -> None:
 
 def main(run_command: Callable[[list[str]], None] = command) -> None:
     """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame renders without a screen
     torch.set_num_threads(1)  # for small networks, more cost more than they save
     gc.freeze()  # what the imports left is no garbage; to search it costs some percent of a run
     try:
         run_command(sys.argv[1:])
-    except (UserError, NonFiniteError, OSError) as reason:  # OSError: a full disk, no permission
+    except (UserError, NonFiniteError) as reason:
         print("error: " + " ".join(str(reason).split()), file=sys.stderr)
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:

@@ -19,7 +19,6 @@ be compared in pairs.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -395,17 +394,7 @@ class AgentRun(ppo.Run):
     hide_bar = True
 
 
-@contextlib.contextmanager
-def threads_restored():
-    """Sets Torch's number of threads back at the end, after an error or an interrupt too."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@threads_restored()
+@ppo.torch_threads(1)
 def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     """Algorithm 1 for all agents, then the evaluation. Returns the summaries of the agents.
 
@@ -414,15 +403,18 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     """
     saved = None
     if args.resume is not None:
-        args, seeds, objectives, saved = load_crowd(args.resume)
+        own, seeds, objectives, saved = load_crowd(args.resume)
+        if args != Args(resume=args.resume):
+            own = replace(own, **{name: getattr(args, name) for name in ppo.RESUME_FLAGS})
+        args = own
     crowd = crowd_args(args, seeds, objectives)
     args = crowd[0]
     count = len(crowd)
     actors = Actors(args, args.num_envs * count)
-    ppo.space_checkpoints(args, actors.envs.spec.max_episode_steps)
+    ppo.space_checkpoints(args, actors.episode_limit)
     when = time.strftime("%Y%m%d-%H%M%S")
     name = re.sub("[/:]", "-", f"{args.env_id}__lockstep__{when}-{os.getpid()}")
-    folder = Path(args.run_dir or f"runs/{name}")
+    folder = Path(args.run_dir or f"runs/{name}").expanduser().absolute()
     if args.resume is None:
         make_folder(folder, args, seeds, objectives)
     torch.set_num_threads(1)  # as in the script: the bits of weights and rollouts depend on it
@@ -440,8 +432,10 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
         states.append(state)
         parts.append(mine_parts)
         runs.append(AgentRun(mine, {"env_id": mine.env_id}, who, mine_saved))
+    flags = flags_of(args)
     if saved is not None:
-        save_crowd(folder, args, saved["agents"])  # files of agents may be older, or missing
+        flags = saved["args"]  # as in config.json, also where the run has moved
+        save_crowd(folder, flags, saved["agents"])  # files of agents may be older, or missing
     agents = [mine["agent"] for mine in parts]
     steps = make_steps(agents, crowd, compiling=args.compile and ppo.has_compiler())
     threads = cores() if count >= 4 else 1  # the steps of few agents are too small to share
@@ -450,19 +444,27 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     bar = tqdm(total=total, initial=done * args.batch_size * count, unit_scale=True, disable=None)
     bar.set_description(f"{args.env_id} x{count}")
 
+    def save() -> None:
+        each = zip(runs, states, parts, strict=True)
+        save_crowd(folder, flags, [run.checkpoint(*mine) for run, *mine in each])
+
+    restart = True
+    generators = [mine["action_rng"] for mine in parts]
     for iteration in range(done, args.num_updates):
         # ROLLOUT
         torch.set_num_threads(1)
-        if iteration % args.checkpoint_every == 0:
-            seeds_now = []
-            for mine in crowd:
-                first = ppo.stream(mine.seed, "environments", iteration)
-                seeds_now += range(first, first + args.num_envs)
-            actors.restart(seeds_now)
         shape = (args.num_steps, args.num_envs, len(actors.low))
-        noise = [ppo.draw_noise(shape, mine["action_rng"]) for mine in parts]
         play = crowd_policy(agents, check=iteration == done)
-        rollout, episodes = ppo.collect(play, actors, np.concatenate(noise, 1))
+        with ppo.saving_work(save, generators, f"{args.env_id}, update {iteration + 1}"):
+            if restart:
+                seeds_now = []
+                for mine in crowd:
+                    first = ppo.stream(mine.seed, "environments", iteration)
+                    seeds_now += range(first, first + args.num_envs)
+                actors.restart(seeds_now)
+                num_episodes = np.zeros(count, int)  # of each agent since the last checkpoint
+            noise = [ppo.draw_noise(shape, mine["action_rng"]) for mine in parts]
+            rollout, episodes = ppo.collect(play, actors, np.concatenate(noise, 1))
         if iteration == done:
             obs, actions = split(rollout["obs"], count), split(rollout["actions"], count)
             for i, agent in enumerate(agents):
@@ -524,9 +526,10 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
             runs[i].log(state["updates"], finished[i], charts, metrics[i])
         if not any(alive):
             raise NonFiniteError(f"no agent is finite after update {iteration + 1}")
-        if (iteration + 1) % args.checkpoint_every == 0 or iteration + 1 == args.num_updates:
-            each = zip(runs, states, parts, strict=True)
-            save_crowd(folder, args, [run.checkpoint(*mine) for run, *mine in each])
+        num_episodes += [len(mine) for mine in finished]
+        restart = ppo.checkpoint_due(args, iteration + 1, num_episodes.min())
+        if restart or iteration + 1 == args.num_updates:
+            save()
     actors.envs.close()
     bar.close()
     returns = evaluate(agents, crowd, folder)
@@ -555,25 +558,28 @@ def evaluate(agents: list[Agent], crowd: list[Args], folder: Path) -> list[list[
     firsts = [2**30 + ppo.stream(mine.seed, "evaluation") for mine in crowd]
     together = min(args.eval_episodes, max(1, 128 // len(crowd)))  # a simulator takes over 1 MB
     actors = Actors(args, together * len(crowd))
+    limit = actors.episode_limit or max(1000, args.total_timesteps // args.eval_episodes)
     play = crowd_policy(agents)
     returns = [[] for _ in crowd]
     for start in range(0, args.eval_episodes, together):
         seeds = [first + start + i for first in firsts for i in range(together)]
-        played = play_once(play, actors, seeds, args.sample_actions)
+        played = play_once(play, actors, seeds, limit, args.sample_actions)
         for i, mine in enumerate(returns):
             mine += played[i * together : (i + 1) * together]
     actors.envs.close()
+    for mine in returns:
+        ppo.check_evaluation(mine, 0, limit)  # how many were cut is not counted here
     return [mine[: args.eval_episodes] for mine in returns]
 
 
-def play_once(play: Callable, actors: Actors, seeds: list[int], sample: bool) -> list[float]:
-    """The return of an episode of every actor, on its seed, or of its first 100,000 steps."""
+def play_once(play, actors: Actors, seeds: list[int], limit: int, sample: bool) -> list[float]:
+    """The return of an episode of every actor, on its seed, or of its first `limit` steps."""
     actors.restart(seeds)
     rng = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (1, len(actors.low))
     noise = np.zeros((actors.num_envs, len(actors.low)), np.float32)
     returns = {}
-    for _ in range(100_000):
+    for _ in range(limit):
         if sample:
             noise = np.concatenate([ppo.draw_noise(shape, generator) for generator in rng])
         *_, ended = actors.step(play(actors.obs, noise))
@@ -618,7 +624,7 @@ def make_folder(folder: Path, args: Args, seeds: list[int], objectives: list[str
         if any(folder.iterdir()):
             what = f"choose another --run-dir, or --resume {folder}"
             raise UserError(f"{folder} is not empty; {what}")
-        ppo.write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+        ppo.write_file(folder / "config.json", ppo.to_json(config))
     except OSError as reason:
         where = reason.filename or folder
         raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
@@ -626,7 +632,7 @@ def make_folder(folder: Path, args: Args, seeds: list[int], objectives: list[str
 
 def load_crowd(run_dir: str) -> tuple[Args, list[int], list[str], dict | None]:
     """Flags, seeds, objectives and the checkpoint, if any, of a crowd. Raises UserError."""
-    path = Path(run_dir)
+    path = Path(run_dir).expanduser()
     try:
         config = json.loads((path / "config.json").read_text())
         script, flags = config["script"], config["args"]
@@ -645,9 +651,9 @@ def load_crowd(run_dir: str) -> tuple[Args, list[int], list[str], dict | None]:
     return args, seeds, objectives, saved
 
 
-def save_crowd(folder: Path, args: Args, saved: list[dict]) -> None:
+def save_crowd(folder: Path, flags: dict, saved: list[dict]) -> None:
     """Checkpoints: that of the crowd, whole, then the files of the agents, which derive from it."""
-    crowd = {"script": SCRIPT, "args": flags_of(args), "agents": saved}
+    crowd = {"script": SCRIPT, "args": flags, "agents": saved}
     ppo.save_checkpoint(folder / "checkpoint.pt", crowd)
     for mine in saved:
         name = agent_name(Args(**mine["args"]))
@@ -659,6 +665,7 @@ def parse_args(argv: list[str]) -> tuple[Args, list[int], list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=None)
     parser.add_argument("--objectives", nargs="+", default=None)
+    parser.add_argument("--resume", default=None)
     crowd, rest = parser.parse_known_args(argv)
     if "--help" in rest or "-h" in rest:
         print(__doc__)
@@ -672,10 +679,10 @@ def parse_args(argv: list[str]) -> tuple[Args, list[int], list[str]]:
         if flag == "--evaluate":
             raise UserError("--evaluate: python ppo_continuous.py --evaluate FOLDER_OF_AN_AGENT")
     args = ppo.parse_args(rest)
-    if args.resume is not None and (crowd.seeds or crowd.objectives):
-        raise UserError(
-            "--seeds and --objectives cannot stand beside --resume: config.json decides"
-        )
+    if crowd.resume is not None:
+        given = ppo.given_flags(argv)  # refuses what cannot stand beside --resume
+        changes = {name: getattr(args, name) for name in ppo.RESUME_FLAGS if name in given}
+        args = replace(load_crowd(crowd.resume)[0], **changes)
     return args, crowd.seeds or [1], crowd.objectives or ["clip:0.2"]
 
 

@@ -170,7 +170,8 @@ for name, obs_space, action_space in (
 ):
     kwargs = {"observation_space": obs_space, "action_space": action_space}
     gym.register(f"{name}-v0", Still, kwargs=kwargs, max_episode_steps=10)
-for where, value, after in (("obs", np.nan, 257), ("obs", np.inf, 258), ("rewards", np.nan, 320)):
+# one step more than the run takes until then: make_envs() takes it, to see what it gives
+for where, value, after in (("obs", np.nan, 258), ("obs", np.inf, 259), ("rewards", np.nan, 321)):
     kwargs = {"where": where, "value": value, "after": after}
     gym.register(f"Poison-{where}-{value}-v0", Poison, kwargs=kwargs, max_episode_steps=1000)
 gym.register("Lever-v0", Lever, max_episode_steps=100)

@@ -72,9 +72,9 @@ LINES = {
     "--env-id CartPole-v9": "versioned environments: [ `v0`, `v1` ]",
     "--env-id LunarLanderr-v3": "Did you mean: `LunarLander`?",
     "--env-id Cart*Pole": "Malformed environment ID: Cart*Pole",
-    "--env-id=": "cannot make the environment ''",
-    "--env-id no_such_module:CartPole-v1": "No module named 'no_such_module'",
-    "--env-id a:b:c": "cannot make the environment 'a:b:c'",
+    "--env-id=": "cannot make '': Malformed environment ID",
+    "--env-id no_such_module:CartPole-v1": "No module named 'no_such_module'; is its folder in PYT",
+    "--env-id a:b:c": "cannot make 'a:b:c': No module named",
     "--env-id Pendulum-v1": "takes Box(-2.0, 2.0, (1,), float32) actions; this script wants",
     "--env-id conftest:ManyActions-v0": "takes MultiDiscrete([2 3]) actions",
     "--env-id FrozenLake-v1": "observes Discrete(16); this script wants",
@@ -100,12 +100,17 @@ LINES = {
     },
     # the machine
     "--device tpu": "--device must be cpu or cuda, not 'tpu'",
-    "--device cuda": "there is no CUDA here; leave the flag out",
-    "--compile": "--compile needs a C++ compiler such as g++; leave the flag out",
+    "--device cuda": "there is no CUDA here; use --device cpu",
+    "--compile": "--compile needs a C++ compiler such as g++; use --no-compile",
     "--run-dir /proc/nope": "cannot write to /proc/nope",
+    # switches
+    "--anneal-lr False": "--anneal-lr takes no value: it is --anneal-lr or --no-anneal-lr",
+    "--anneal_lr=0": "--anneal_lr takes no value: it is --anneal-lr or --no-anneal-lr",
+    "--seed 2 --no-bootstrap-truncated yes": "takes no value: it is --bootstrap-truncated or --no-",
     # folders that are none
     "--resume nowhere": "nowhere is not a run folder",
     "--resume=": "is not a run folder",
+    "--resume nowhere --gama 1": "--gama cannot stand beside --resume",
     "--evaluate nowhere": "nowhere is not a run folder",
     "--evaluate=": "is not a run folder",
 }
@@ -119,13 +124,11 @@ BOXES = {
     "--seed one": "--seed: invalid literal for int() with base 10: 'one'",
     "--num-envs 1.5": "--num-envs: invalid literal for int() with base 10: '1.5'",
     "--gamma big": "--gamma: could not convert string to float: 'big'",
-    "--anneal-lr yes": "Unrecognized options: yes",
     "--preset paper": "Unrecognized options: --preset",
     "--seeds 1 2": "Unrecognized options: --seeds, 1, 2",
     "junk": "Unrecognized options: junk",
     "-x": "Unrecognized options: -x",
     f"--{'z' * 100}": "Unrecognized options: --zzz",  # longer than a terminal is wide
-    "--resume nowhere --gama 1": "Unrecognized options: --gama, 1",
 }
 
 
@@ -177,12 +180,8 @@ NOT_READ = "run is not a run folder that can be read"
 FOLDERS = [
     ("--run-dir run", nothing, "run is not empty; choose another --run-dir, or --resume run"),
     ("--run-dir run --checkpoint-every 1", nothing, "run is not empty"),
-    ("--run-dir run/config.json", nothing, "cannot write to run/config.json: File exists"),
-    (
-        "--run-dir run/config.json/below",
-        nothing,
-        "cannot write to run/config.json/below: Not a directory",
-    ),
+    ("--run-dir run/config.json", nothing, "/run/config.json: File exists"),
+    ("--run-dir run/config.json/below", nothing, "/run/config.json/below: Not a directory"),
     ("--resume run --seed 1", nothing, "--seed cannot stand beside --resume"),
     ("--seed=1 --resume=run", nothing, "--seed cannot stand beside --resume"),
     ("--resume run --no-anneal-lr", nothing, "anneal-lr cannot stand beside --resume"),
@@ -205,7 +204,7 @@ FOLDERS = [
         config_is('{"script": "ppo_atari", "args": {"threads": 1}}'),
         "of ppo_atari.py, not",
     ),
-    ("--resume run", without("metrics.csv"), "cannot write to run/metrics.csv: No such file"),
+    ("--resume run", without("metrics.csv"), "/run/metrics.csv: No such file"),
     (
         "--resume run",
         lambda run: (run / "episodes.csv").write_text(""),
@@ -215,11 +214,6 @@ FOLDERS = [
     ("--evaluate run --seed 2", nothing, "--seed cannot stand beside --evaluate"),
     ("--evaluate run --device cuda", nothing, "--device cannot stand beside --evaluate"),
     ("--evaluate run --eval-episodes 0", nothing, "--eval-episodes must be between 1 and"),
-    (
-        "--evaluate run --eval-episodes 1",
-        lambda run: (run / "evaluation.json.tmp").mkdir(),
-        "evaluation.json.tmp",
-    ),
     (
         "--evaluate run",
         without("checkpoint.pt"),
@@ -239,6 +233,26 @@ def test_a_bad_folder(command, change, fragment, finished, main, tmp_path):
     before = tree(tmp_path)
     is_one_line(main(*command.split()), fragment, notes="--checkpoint-every" in command)
     assert tree(tmp_path) == before
+
+
+def test_where_evaluation_json_cannot_be_written_the_result_is_printed_first(
+    finished, main, tmp_path
+):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/evaluation.json.tmp").mkdir()
+    code, out, err = main("--evaluate", "run", "--eval-episodes", 1)
+    assert code == 2 and len(out) == len(err) == 1
+    assert out[0].startswith("run, seed 1: evaluation ")
+    assert "evaluation.json.tmp: Is a directory" in err[0]
+
+
+@pytest.mark.parametrize("flag", [{"num_envs": "2"}, {"anneal_lr": "False"}, {"norm_adv": "both"}])
+def test_a_config_whose_values_are_of_another_type(flag, finished, main, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/checkpoint.pt").unlink()
+    edit(**flag)(tmp_path / "run")
+    ((name, value),) = flag.items()
+    is_one_line(main("--resume", "run"), f"{name} must be ", f", not {value!r}", notes=1)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro's box is of other characters

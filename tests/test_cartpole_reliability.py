@@ -685,7 +685,8 @@ def test_each_mirror_has_an_id_of_its_own_that_a_resumed_run_keeps(monkeypatch, 
     monkeypatch.setitem(sys.modules, "wandb", fake)
     task, who = {"env_id": "E"}, {"seed": 1, "objective": "pg"}
     lengths = {"metrics.csv": 0, "episodes.csv": 0}
-    saved = {"recent": [], "sps": 1.0, "seconds": 1.0, "lengths": lengths, "state": {"updates": 0}}
+    saved = {"recent": [], "sps": 1.0, "seconds": 1.0, "lengths": lengths, "args": {}}
+    saved["state"] = {"updates": 0}
     a = ppo.Args(run_dir="a/1", track=True, gamma=0.9)
     b = ppo.Args(run_dir="b/1", track=True, gamma=0.8)
     for args, at_checkpoint in ((a, None), (b, None), (replace(a, resume="a/1"), saved)):

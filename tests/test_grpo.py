@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, fields
 from fractions import Fraction
 from pathlib import Path
@@ -901,16 +902,6 @@ def test_a_task_of_ones_own_is_trained_resumed_and_evaluated(main, monkeypatch, 
         grpo.train(Args(warmup_steps=3), task)
 
 
-@pytest.mark.parametrize("vocab", [[], ["a", END, *"xyz123456"], [*"axyz123456", END]])
-def test_a_task_whose_word_0_is_not_the_end_is_refused_before_anything_is_written(
-    vocab, monkeypatch, tmp_path
-):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(grpo.UserError, match=r"Task\.vocab must begin with '<end>', not with"):
-        grpo.train(Args(run_dir="run"), count_task(vocab=vocab))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_training_leaves_the_number_of_threads_as_it_was(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     before = torch.get_num_threads()
@@ -1043,9 +1034,13 @@ def test_a_number_that_is_none_stops_the_run_with_code_3_and_keeps_the_checkpoin
     monkeypatch.setattr(grpo, "update", update)
     monkeypatch.setitem(grpo.TASKS, "sort", lambda: sort)
     code, _, err = main(*TINY.split(), "--checkpoint-every", 2, "--run-dir", "run")
-    assert code == 3 and re.match(f"error: {source} not finite in update 4;", err[-1])
+    said = f"{source} not finite in update 4;"
+    if source == "rewards":
+        said = r"Task\.verify\(.*\) gave nan in update 4,"
+    assert code == 3 and re.match(f"error: {said}", err[-1])
     saved = grpo.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
-    assert saved["state"]["updates"] == 2 and not (tmp_path / "run" / "summary.json").exists()
+    updates = 3 if source == "rewards" else 2  # no weights have changed before the rewards
+    assert saved["state"]["updates"] == updates and not (tmp_path / "run" / "summary.json").exists()
     assert all(weights.isfinite().all() for weights in saved["agent"].values())
 
 
@@ -1065,6 +1060,315 @@ def test_what_is_around_the_run_is_the_text_of_the_other_scripts():
     ours, theirs = SCRIPT.read_text(), (ROOT / "ppo_cartpole.py").read_text()
     mark = re.compile("^# -+ AROUND THE RUN$", re.M)
     assert ours[mark.search(ours).start() :] == theirs[mark.search(theirs).start() :]
+
+
+# ----------------------------------------------------------------------------- a Task with a fault
+def quick(**flags) -> Args:
+    """Flags of a run of six updates, in the folder run."""
+    few = {"total_timesteps": 48, "num_prompts": 2, "group_size": 4, "pass_k": 2}
+    return Args(**few | {"run_dir": "run", "num_iterations": 1} | flags)
+
+
+def gives(result) -> dict:
+    return {"verify": lambda prompt, answer: result}
+
+
+def shows(result, **more) -> dict:
+    return {"demonstrate": lambda prompt, rng: result, "warmup_steps": 1} | more
+
+
+def fails(*_):
+    raise ZeroDivisionError("no such\nquestion")
+
+
+ANSWER = r"Task\.verify\(\['1', 'x'\], \['<end>'\]\)"
+SHOWN = r"Task\.demonstrate\(\['1', 'x'\]\)"
+WORDS = [END, "a", *"xyz123456"]
+FAULTS = {
+    "nothing": (gives(None), f"{ANSWER} gave None"),
+    "a word": (gives("right"), f"{ANSWER} gave 'right'"),
+    "a number as a word": (gives("1"), f"{ANSWER} gave '1'"),
+    "NaN": (gives(np.float32("nan")), f"{ANSWER} gave .*nan"),
+    "infinite": (gives(-math.inf), f"{ANSWER} gave -inf"),
+    "infinite in float32": (gives(1e300), f"{ANSWER} gave 1e"),
+    "two rewards": (gives(torch.ones(2)), f"{ANSWER} gave tensor"),
+    "a pair": (gives((1.0, "why")), rf"{ANSWER} gave \(1"),
+    "a dict": (gives({"reward": 1}), f"{ANSWER} gave {{"),
+    "complex": (gives(1j), f"{ANSWER} gave 1j"),
+    "an error": (
+        {"verify": fails},
+        rf"{ANSWER} raised ZeroDivisionError\(.*no such.*",
+    ),
+    "another signature": ({"verify": lambda answer: 1.0}, f"{ANSWER} raised TypeError"),
+    "no function": ({"verify": None}, f"{ANSWER} raised TypeError"),
+    "no answer to what is held out": (
+        {"verify": lambda prompt, answer: {"x": 1, "y": 1}[prompt[1]]},
+        r"Task\.verify\(\['1', 'z'\], \['<end>'\]\) raised KeyError",
+    ),
+    "no name": ({"name": Path("count")}, r"Task\.name must be a string, not PosixPath"),
+    "no question": ({"prompts": []}, r"Task\.prompts must be .* training needs it"),
+    "questions of None": ({"prompts": None}, r"Task\.prompts must be a list"),
+    "questions to be used up": ({"prompts": iter([["1"]])}, r"Task\.prompts must be a list"),
+    "nothing held out": ({"held_out": ()}, r"Task\.held_out must be .* evaluation needs it"),
+    "a question of no words": ({"prompts": [[], []]}, r"Task\.prompts: the question \[\] has 0"),
+    "a short question": (
+        {"prompts": [["1", "x"], ["2"]]},
+        r"Task\.prompts: the question \['2'\] has 1 words, the first 2",
+    ),
+    "a long one held out": (
+        {"held_out": [["1", "z"], ["2", "z", "z"]]},
+        r"Task\.held_out: the question \['2', 'z', 'z'\] has 3 words, the first 2",
+    ),
+    "a word that is none": (
+        {"held_out": [["1", "z"], ["7", "w"]]},
+        r"Task\.held_out: the question \['7', 'w'\] has what is not in Task\.vocab: '7', 'w'",
+    ),
+    "a number in a question": ({"prompts": [[1, "x"]]}, r"Task\.prompts: .*\[1, 'x'\] has .*: 1$"),
+    "a list in a question": ({"prompts": [[["1", "x"]]]}, r"Task\.prompts: .* is not a list of w"),
+    "a number for a question": ({"prompts": [1, 2]}, r"Task\.prompts: the question 1 is not a lis"),
+    "one question": (
+        {"prompts": ["1", "x", "one"]},
+        r"Task\.prompts: the question one has .*: 'e'",
+    ),
+    "no words": ({"vocab": []}, r"Task\.vocab must be a list and not be empty"),
+    "words twice": ({"vocab": [*WORDS, "a"]}, r"Task\.vocab must .* each once, but has 'a'"),
+    "numbers among the words": ({"vocab": [*WORDS, 7]}, r"Task\.vocab must .* strings.*has 7"),
+    "no end": ({"vocab": WORDS[1:]}, r"Task\.vocab must begin with '<end>', not with 'a'"),
+    "the end last": (
+        {"vocab": [*WORDS[1:], END]},
+        r"Task\.vocab must begin with '<end>', not with",
+    ),
+    "words in no order": ({"vocab": set(WORDS)}, r"Task\.vocab must be a list"),
+    "no length": ({"max_length": 0}, r"Task\.max_length must be a whole number between 1 and"),
+    "half a word": (
+        {"max_length": 7.5},
+        r"Task\.max_length must be a whole number between 1 and 65536, not 7\.5",
+    ),
+    "a length in words": (
+        {"max_length": "8"},
+        r"Task\.max_length must be a whole number between 1 and 65536, not '8'",
+    ),
+    "no updates": ({"total_timesteps": 0}, r"--total-timesteps must be between 1 and"),
+    "half a step": (shows(["a"], warmup_steps=0.5), r"warmup_steps must be int"),
+    "no demonstration": ({"warmup_steps": 3}, r"--warmup-steps: .* Task\.demonstrate is missi"),
+    "one too long": (shows(["a"] * 8), f"{SHOWN}: .* has 8 words; Task.max_length allows 7 words"),
+    "one with its end": (shows(["a", END]), f"{SHOWN}: .* 7 words without '<end>', which is added"),
+    "one of other words": (shows(["b", "a"]), f"{SHOWN}: .* has what is not in Task.vocab: 'b'"),
+    "one of None": (shows(None), f"{SHOWN} raised TypeError"),
+    "one that fails": ({"demonstrate": fails, "warmup_steps": 2}, f"{SHOWN} raised ZeroDivision"),
+    "one that cannot be verified": (
+        shows(["a"], verify=lambda prompt, answer: {1: 0.0}[len(answer)]),
+        r"Task\.verify\(\['1', 'x'\], \['a', '<end>'\]\) raised KeyError\(2\)",
+    ),
+    "one of the later ones too long": (
+        {"demonstrate": lambda prompt, rng: ["a"] * 2 * int(prompt[0]), "warmup_steps": 1},
+        r"Task\.demonstrate\(\['4', 'x'\]\): .* has 8 words",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_a_task_is_named_before_anything_is_written(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    changes, said = FAULTS[name]
+    args = quick(total_timesteps=None) if "total_timesteps" in changes else quick()
+    with pytest.raises(grpo.UserError, match=said):
+        grpo.train(args, count_task(**changes))
+    assert tree(tmp_path) == {}
+
+
+def pops(prompt, answer):
+    """Takes the words off both lists, as a verifier that parses them may."""
+    while prompt and answer:
+        prompt.pop()
+        answer.pop()
+    return 1.0
+
+
+HARMLESS = {
+    "a bool": gives(True),
+    "a NumPy bool": gives(np.bool_(True)),
+    "a NumPy scalar": gives(np.float16(1)),
+    "an array of one": gives(np.ones((1, 1), np.int64)),
+    "a tensor with a gradient": gives(torch.ones((), requires_grad=True)),
+    "a fraction": gives(Fraction(1)),
+    "a verifier that takes words off": {"verify": pops},
+    "tuples": {"vocab": tuple(WORDS), "prompts": (("1", "x"),), "held_out": (("2", "z"),)},
+    "arrays": {"vocab": np.array(WORDS), "prompts": np.array([["1", "x"]] * 3)},
+    "strings": {"prompts": ["1x", "2y"], "held_out": ["3z"]},
+    "a length of NumPy": {"max_length": np.int64(8), "total_timesteps": np.int32(48)},
+    "a demonstration word by word": {"demonstrate": lambda prompt, rng: iter("aa")},
+    "the end in a question": {"prompts": [["1", END]]},
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_does_no_harm_just_works(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    verify = {"verify": lambda prompt, answer: 1.0}
+    task = count_task(**verify | HARMLESS[name])
+    warmup_steps = 1 if "demonstrate" in HARMLESS[name] else 0
+    _, summary = grpo.train(quick(warmup_steps=warmup_steps, total_timesteps=16), task)
+    assert summary["pass@1_after"] == 1.0 and summary["last_100_return"] == 1.0
+    agent, *_ = grpo.load_agent("run", task)  # the checkpoint holds nothing that cannot be read
+    assert all(weights.isfinite().all() for weights in agent.parameters())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_tasks_of_the_script_have_no_fault(name, capsys):
+    grpo.check_task(TASKS[name], grpo.check_args(Args(), TASKS[name]), None)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_held_out_question_that_is_trained_on_is_noted(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    task = count_task()
+    grpo.train(quick(), task._replace(prompts=task.prompts + task.held_out[:2]))
+    note = "note: 2 of 6 questions in Task.held_out are in Task.prompts too"
+    assert capsys.readouterr().out.startswith(note)
+
+
+FLAGS_OF_A_NOTEBOOK = {
+    "ratio must be Literal, not 'tokens'": {"ratio": "tokens"},
+    "loss_agg must be Literal, not None": {"loss_agg": None},
+    "anneal_lr must be bool, not 'no'": {"anneal_lr": "no"},
+    "threads must be int, not None": {"threads": None},
+    "group_size must be int, not 4.5": {"group_size": 4.5},
+    "seed must be int, not '1'": {"seed": "1"},
+    "learning_rate must be float, not 'small'": {"learning_rate": "small"},
+    "temperature must be float, not None": {"temperature": None},
+    "num_prompts must be int, not inf": {"num_prompts": math.inf},
+}
+
+
+@pytest.mark.parametrize("said", FLAGS_OF_A_NOTEBOOK)
+def test_flags_that_no_command_line_has_checked(said, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(grpo.UserError, match=f"^{said}"):
+        grpo.train(quick(**FLAGS_OF_A_NOTEBOOK[said]), count_task())
+    assert tree(tmp_path) == {}
+
+
+def test_what_is_no_task_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        grpo.UserError, match="of your own must be a Task, not <function count_task"
+    ):
+        grpo.train(quick(), count_task)  # it was not called
+    with pytest.raises(grpo.UserError, match="hand a task of your own to train") as caught:
+        grpo.train(quick(task=TASKS["sort"]))
+    assert len(str(caught.value)) < 300 and tree(tmp_path) == {}
+
+
+def test_numbers_of_numpy_are_flags_too(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    numbers = {
+        "seed": np.int64(5),
+        "total_timesteps": np.int32(16),
+        "learning_rate": np.float32(0.5),
+    }
+    numbers["anneal_lr"] = np.bool_(False)
+    _, summary = grpo.train(quick(**numbers), count_task())
+    flags = json.loads(Path("run/config.json").read_text())["args"]
+    assert {name: flags[name] for name in numbers} == numbers
+    assert summary["seed"] == 5 and summary["total_timesteps"] == 16
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"vocab": [*WORDS, "b"]}, {"vocab": [END, *reversed(WORDS[1:])]}, {"max_length": 9}],
+)
+def test_a_run_is_not_taken_for_one_of_another_task(changes, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    grpo.train(quick(total_timesteps=8), count_task())
+    before = tree(tmp_path)
+    for go_on in (
+        lambda task: grpo.train(Args(resume="run"), task),
+        lambda task: grpo.load_agent("run", task),
+    ):
+        with pytest.raises(grpo.UserError, match="run is a run on a Task with other words"):
+            go_on(count_task(**changes))
+    assert tree(tmp_path) == before
+
+
+def flaky(after: int, fault) -> Task:
+    """count_task whose verifier answers with the fault, once, after so many good answers."""
+    task, calls = count_task(), []
+
+    def verify(prompt, answer):
+        calls.append(0)
+        if len(calls) == after + 1:
+            return fault()
+        return task.verify(prompt, answer)
+
+    return task._replace(verify=verify)
+
+
+def times_out():
+    raise TimeoutError("the verifier\ndid not answer")
+
+
+BEFORE = 2 + 6 + 12  # calls of verify before the first update: two tries, the evaluation, pass@2
+ONCE = {"raises": (times_out, RuntimeError, r"update {}: .* raised TimeoutError\(")}
+ONCE["None"] = (lambda: None, grpo.NonFiniteError, "update {}: .* gave None; a reward must be")
+ONCE["NaN"] = (lambda: math.nan, grpo.NonFiniteError, "update {}: .* gave nan; a reward must be")
+
+
+@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.parametrize("update", [1, 2, 4, 6])
+def test_what_was_learned_before_a_verifier_failed_is_kept(name, update, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    fault, kind, said = ONCE[name]
+    task = flaky(BEFORE + 8 * (update - 1) + 5, fault)
+    with pytest.raises(kind, match=said.format(update)) as caught:
+        grpo.train(quick(), task)
+    said = str(caught.value)
+    question, answer = re.search(r"Task\.verify\((\[.*\]), (\[.*\])\) ", said).groups()
+    assert eval(question) in task.prompts and set(eval(answer)) <= set(task.vocab)
+    if name == "raises":
+        cause = caught.value.__cause__.__cause__
+        assert isinstance(cause, TimeoutError)
+        frames = traceback.extract_tb(cause.__traceback__)
+        assert frames[-1].name == "times_out"
+    saved = grpo.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert saved["state"]["updates"] == update - 1
+    done = (tmp_path / "run/episodes.csv").read_bytes()
+    assert len(rows(tmp_path / "run/episodes.csv")) == 8 * (update - 1)
+
+    grpo.train(Args(resume="run"), task)
+    assert (tmp_path / "run/episodes.csv").read_bytes().startswith(done)
+    metrics = rows(tmp_path / "run/metrics.csv")
+    assert [int(row["update"]) for row in metrics] == [1, 2, 3, 4, 5, 6]
+    grpo.train(quick(run_dir="whole"), count_task())
+    same_bits(Path("run"), Path("whole"))  # this verifier has no state but the count
+
+
+def test_a_verifier_that_fails_in_the_evaluation_costs_no_update(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    task = flaky(BEFORE + 48 + 3, times_out)
+    with pytest.raises(RuntimeError, match=r"raised TimeoutError\("):
+        grpo.train(quick(), task)
+    done = (tmp_path / "run/metrics.csv").read_bytes()
+    _, summary = grpo.train(Args(resume="run"), task)
+    assert (tmp_path / "run/metrics.csv").read_bytes() == done and summary["eval_episodes"] == 6
+
+
+def test_a_demonstration_that_fails_in_the_warm_up_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def demonstrate(prompt, rng):
+        calls.append(0)
+        if len(calls) == 300:  # the check at the start has shown it 12 questions
+            times_out()
+        return ["a"]
+
+    task = count_task(demonstrate=demonstrate)
+    with pytest.raises(RuntimeError, match=r"Task\.demonstrate\(\['\d', '[xy]'\]\) raised Time"):
+        grpo.train(quick(warmup_steps=2), task)
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+    _, summary = grpo.train(Args(resume="run"), task)  # it starts over
+    assert summary["total_timesteps"] == 48
 
 
 # -------------------------------------------------------------------------------------- mutations
