@@ -515,7 +515,7 @@ def test_hours_on_the_clock_count_what_overlaps_once():
         (["--objectives", "nonsense"], "'nonsense' is no objective"),
         (["--seeds", "-1"], "--seed must be between 0"),
         (["--", "--seed", "1"], "--seed: here it is --seeds"),
-        (["--tasks", "Nonsense"], "cannot make the environment 'Nonsense-v4'"),
+        (["--tasks", "Nonsense"], "cannot make 'Nonsense-v4'"),
         (["--preset", "ancient"], "invalid choice: 'ancient'"),
         (["--total-timesteps", "0"], "at least 1"),
         (["--engine", "ray", "--jobs", "2"], "--jobs is for this machine alone"),
