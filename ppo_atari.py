@@ -505,7 +505,8 @@ def update(agent, optimizer, batch, orders, objective, beta, args, loss_fn=minib
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # [detail 11]
             optimizer.step()
             grad_norms.append(grad_norm)
-            history.append(means)
+            # copies: with CUDA graphs, the next step would overwrite them
+            history.append({name: mean.clone() for name, mean in means.items()})
         if args.target_kl is not None:
             kls = [means["approx_kl"] for means in history[-len(minibatches) :]]
             if all_reduce(torch.stack(kls).mean()) > args.target_kl:

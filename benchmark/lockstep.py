@@ -192,7 +192,7 @@ def named_moments(agent: Agent, optimizer: torch.optim.Adam, moment: str) -> Bat
 def steps_taken(agent: Agent, optimizer: torch.optim.Adam) -> Tensor:
     """How many steps an agent's Adam has taken."""
     state = optimizer.state[agent.log_std]
-    return state.get("step", torch.tensor(0.0))
+    return state.get("step", torch.zeros_like(agent.log_std[0]))
 
 
 def put_back(agent: Agent, optimizer: torch.optim.Adam, learner: dict, i: int) -> None:
@@ -224,6 +224,7 @@ def update(
     its rows in every epoch.
     """
     metrics, alive = [{} for _ in agents], list(alive)
+    device = orders[0].device
     if crowd[0].norm_adv == "batch":
         batches = [dict(batch) for batch in batches]
         for batch in batches:
@@ -239,8 +240,8 @@ def update(
             "m": stack([named_moments(*pair, "exp_avg") for pair in pairs]),
             "v": stack([named_moments(*pair, "exp_avg_sq") for pair in pairs]),
             "t": torch.stack([steps_taken(*pair) for pair in pairs]),
-            "active": torch.tensor([alive[i] for i in members]),
-            "finite": torch.tensor([alive[i] for i in members]),
+            "active": torch.tensor([alive[i] for i in members], device=device),
+            "finite": torch.tensor([alive[i] for i in members], device=device),
             "sums": zero_sums(agents[0], batches[0], crowd[0], len(members)),
         }
         epsilons = [ppo.parse_objective(crowd[i].objective).epsilon for i in members]
@@ -250,9 +251,9 @@ def update(
             buffers=stack([dict(LossTerms(agent, crowd[0]).named_buffers()) for agent, _ in pairs]),
             batch=stack([batches[i] for i in members]),
             orders=torch.stack([orders[i] for i in members]),
-            epsilon=torch.tensor(epsilons),
-            beta=torch.tensor([betas[i] for i in members]),
-            lr=torch.tensor(lr),
+            epsilon=torch.tensor(epsilons, device=device),
+            beta=torch.tensor([betas[i] for i in members], device=device),
+            lr=torch.tensor(lr, device=device),
             args=crowd[0],
         )
         for place, i in enumerate(members):
@@ -270,7 +271,8 @@ def zero_sums(agent: Agent, batch: Batch, args: Args, agents: int) -> Batch:
     two_rows = {name: x[:2] for name, x in batch.items()}
     with torch.no_grad():
         terms = ppo.loss_terms(agent, two_rows, Objective("none"), 0.0, args)
-    return {name: torch.zeros(agents) for name in (*terms, "grad_norm", "steps")}
+    device = batch["obs"].device
+    return {name: torch.zeros(agents, device=device) for name in (*terms, "grad_norm", "steps")}
 
 
 def update_group(step, learner, buffers, batch, orders, epsilon, beta, lr, args) -> dict:

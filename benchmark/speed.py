@@ -76,12 +76,17 @@ def ours(script, total_timesteps: int, threads: int, /, **flags) -> dict:
     return {"steps_per_second": summary["sps"], "first_update_seconds": first}
 
 
-def side_by_side(total_timesteps: int, threads: int, /, **flags) -> dict:
-    """The same for 33 agents in benchmark/lockstep.py, the steps of all of them together."""
+def side_by_side(
+    total_timesteps: int, threads: int, /, seeds: list[int] | None = None, **flags
+) -> dict:
+    """The same for 33 agents in benchmark/lockstep.py, the steps of all of them together.
+
+    Or for those of other seeds than SEEDS.
+    """
     with prepared(threads) as run_dir:
         flags |= {"run_dir": str(run_dir), "eval_episodes": 1}
         args = ppo_continuous.Args(total_timesteps=total_timesteps, **flags)
-        summaries = lockstep.train(args, SEEDS, OBJECTIVES)
+        summaries = lockstep.train(args, seeds or SEEDS, OBJECTIVES)
         agent, *_ = run_dir.glob("*/metrics.csv")
         first = first_update_seconds(agent.parent, args)
     speed = sum(summary["sps"] for summary in summaries)
@@ -239,9 +244,9 @@ def network(total_timesteps: int, threads: int) -> dict:
     return ours(ppo_atari, total_timesteps, threads)
 
 
-def emulators(total_timesteps: int, threads: int) -> dict:
+def emulators(total_timesteps: int, threads: int, num_envs: int = 8) -> dict:
     """The environments of ppo_atari.py alone, stepped with random actions."""
-    args = ppo_atari.Args()
+    args = ppo_atari.Args(num_envs=num_envs)
     steps = total_timesteps // args.num_envs
     actors = ppo_atari.Actors(args, args.num_envs)
     actors.restart(seed=0)

@@ -17,7 +17,18 @@ from matplotlib.figure import Figure
 
 import benchmark
 import ppo_cartpole
-from benchmark import UserError, classic, git_commit, lockstep, plot, read_csv, scores, speed, sweep
+from benchmark import (
+    UserError,
+    classic,
+    git_commit,
+    gpu,
+    lockstep,
+    plot,
+    read_csv,
+    scores,
+    speed,
+    sweep,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = "--total-timesteps 4096 --num-envs 4 --num-steps 64 --num-minibatches 8 --eval-episodes 1"
@@ -493,3 +504,118 @@ def test_speed_refuses_what_it_cannot_time(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=complaint):
             speed.main(flags.split())
     assert not (tmp_path / "results").exists()
+
+
+# ------------------------------------------------------------------------------------------- GPU
+def gpu_worker(capsys, *words: str) -> dict:
+    """What a process of gpu.py prints, run in this process, on the CPU."""
+    capsys.readouterr()
+    gpu.main(["--device", "cpu", "--toy", "--worker", *words])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("key", gpu.CHECKS)
+def test_gpu_checks_find_nothing_where_the_device_is_the_cpu(key, capsys):
+    rows = gpu_worker(capsys, key)["rows"]
+    assert {"weights", "losses/policy_loss", "losses/kl_after_update"} < {row["of"] for row in rows}
+    assert any(row["of"].startswith("rollout/") for row in rows)
+    assert all(row["passed"] and row["difference"] <= 1e-6 for row in rows)
+
+
+def test_gpu_checks_find_another_arithmetic(monkeypatch):
+    """A step size that is wrong on the device alone."""
+    train = gpu.lockstep.train
+
+    def spoilt(args, *crowd):
+        if not args.run_dir.endswith("cpu"):
+            args.learning_rate *= 1.1
+        return train(args, *crowd)
+
+    monkeypatch.setattr(gpu.lockstep, "train", spoilt)
+    passed = {row["of"]: row["passed"] for row in gpu.check_lockstep("cpu", toy=True)}
+    assert not passed["weights"] and passed["rollout/actions"]
+
+
+@pytest.mark.parametrize("key", ["8-eager", "33-cpu", "8-alone", "33-alone"])
+def test_gpu_measures_every_kind_of_contestant(key, capsys):
+    result = gpu_worker(capsys, key)
+    assert result["steps_per_second"] > 0 and result["memory_gb"] > 0.1
+    assert result["total_timesteps"] >= 32
+    assert ("alone" in key) == (result["first_update_seconds"] is None)
+
+
+def test_gpu_learns_breakout(tmp_path, capsys):
+    flags = f"breakout --like 128-graphs --steps 48 --run-dir {tmp_path / 'run'}"
+    result = gpu_worker(capsys, *flags.split())
+    assert gpu.breakout_result(tmp_path / "run", result)["total_timesteps"] == "48"
+    config = json.loads((tmp_path / "run/config.json").read_text())["args"]
+    assert (config["env_id"], config["compile"]) == ("Breakout-v5", False)  # toys are eager
+    assert gpu.breakout_result(tmp_path, {"error": "why"}) == {"error": "why"}
+
+
+def test_gpu_ends_a_process_that_is_slow_or_fails(tmp_path):
+    log = tmp_path / "log"
+    started = time.monotonic()
+    assert gpu.measured(["--worker", "33-alone"], 0.2, log) == {"error": "not done in 0 s"}
+    assert time.monotonic() - started < 30
+    failed = gpu.measured(["--worker", "no-such"], 120, log)
+    assert failed == {"error": "exit code 1: KeyError: 'no-such'"}
+    assert "$ gpu.py --worker no-such" in log.read_text()
+
+
+def test_gpu_keeps_each_result_and_stops_in_time(tmp_path, monkeypatch, capsys):
+    """Fifteen contestants and two checks; each takes a minute of a clock that is not real."""
+    clock, limits = [0.0], []
+
+    def fake(words, seconds, log):
+        clock[0] += 60
+        key = words[1]
+        limits.append((key, seconds))
+        if key == "check-lockstep":
+            return {"error": "exit code 1: why"}
+        if key in gpu.CHECKS:
+            row = {"check": key, "of": "weights", "difference": 1e-5, "bound": 1e-2}
+            return {"rows": [row | {"passed": True}]}
+        return {"steps_per_second": 1000.0 + 100 * (key == "128-compiled"), "memory_gb": 0.5}
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu, "measured", fake)
+    flags = ["--device", "cpu", "--output", str(tmp_path), "--run-dir", str(tmp_path / "none")]
+    with pytest.raises(UserError, match="the same as on the CPU: check-lockstep"):
+        gpu.main([*flags, "--minutes", "15"])  # 30% of which are for Breakout
+    assert [key for key, _ in limits] == [*gpu.CHECKS, *list(gpu.CONTESTANTS)[:9], "breakout"]
+    assert all(seconds <= 15 * 60 * 0.7 for _, seconds in limits[:-1])
+    assert limits[-1][1] == 4 * 60
+    rows = read_csv(tmp_path / "gpu.csv")
+    assert [row["contestant"] for row in rows][-1].endswith("minibatches of 512, compiled")
+    late = [row["contestant"] for row in rows if row["error"] == "no time left"]
+    assert late == [mine.title for mine in list(gpu.CONTESTANTS.values())[9:]]
+    shown = (tmp_path / "gpu.md").read_text()
+    assert "| check-lockstep | CPU |  | exit code 1: why | DOES NOT AGREE |" in shown
+    assert "| check-atari | CPU | 1.0e-05 | 1.0e-05, weights | agrees |" in shown
+    assert "| atari | 128 environments, compiled | CPU |  | 1,100 |" in shown
+    assert capsys.readouterr().out.endswith(shown)
+
+    clock[0] = 0.0
+    capsys.readouterr()
+    with pytest.raises(UserError):  # a second call fills in what the first had no time for
+        gpu.main([*flags, "lockstep", "--minutes", "9"])
+    rows = read_csv(tmp_path / "gpu.csv")
+    assert len(rows) == 16 and not any(row["error"] for row in rows)
+    gpu.main(["--report", "--output", str(tmp_path)])
+    assert (tmp_path / "gpu.md").read_text().count("1,000") == 15
+
+
+def test_gpu_refuses_what_makes_no_sense(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    for flags, complaint in {
+        "chess": "no part",
+        "breakout": "after atari",
+        "breakout --like 128-eager": "go together",
+        "check": "no CUDA here",
+        "--report": "neither",
+    }.items():
+        with pytest.raises(UserError, match=complaint):
+            gpu.main(flags.split())
+    assert not list(tmp_path.iterdir())
