@@ -81,6 +81,7 @@ def write_run(
 # ---------------------------------------------------------------------------------------- ARROWS
 SHARED = {"lockstep": set(), "scores": set(), "sweep": set(), "plot": {"scores"}}
 SHARED["mujoco"] = {"sweep", "lockstep"}
+SHARED["gpu"] = {*SHARED, "speed"}  # the same measurements, on another device
 FILES = sorted(path.stem for path in (ROOT / "benchmark").glob("[a-z]*.py"))
 
 
