@@ -12,6 +12,7 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import ppo_cartpole
 
@@ -19,6 +20,33 @@ TESTS = Path(__file__).parent
 SCRIPT = Path(ppo_cartpole.__file__)
 TINY = "--total-timesteps 256 --num-envs 2 --num-steps 32 --num-minibatches 2 --update-epochs 1"
 TINY += " --eval-episodes 2"
+LIMIT = 300  # seconds: against hanging alone, since other tests keep the cores busy
+
+
+def pytest_configure():
+    """Tests run side by side: their threads are few, and do not keep a core busy while they wait.
+
+    The test processes are started later, and what they start inherits this.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    torch.set_num_threads(1)  # as in main() of the scripts
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """A test without a seed of its own draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+def rounding(terms: int, largest, dtype: torch.dtype = torch.float32) -> float:
+    """How far apart a sum of so many terms may come out on two processors.
+
+    Each of them adds in an order of its own, as do two batch sizes on one of them. An addition is
+    off by half a unit in the last place, eps / 2 of the sum so far, which is at most `largest`. Two
+    orders of `terms` additions differ by no more than terms * eps * largest.
+    """
+    return terms * torch.finfo(dtype).eps * float(largest)
 
 
 class Outcome(NamedTuple):
@@ -69,7 +97,7 @@ def process(tmp_path):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=LIMIT,
         )
         return Outcome(done.returncode, done.stdout.splitlines(), done.stderr.splitlines())
 

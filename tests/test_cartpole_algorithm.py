@@ -526,9 +526,13 @@ def test_update_is_that_of_stable_baselines3(norm_adv, monkeypatch):
         args=Args(update_epochs=4, num_minibatches=4, norm_adv=norm_adv, **shared),
         rng=seeded(5),
     )
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert (torch.nn.utils.parameters_to_vector(ours) - before).abs().max() > 1e-3
+    ours, theirs = map(torch.nn.utils.parameters_to_vector, (ours, theirs))
+    assert (ours - before).abs().max() > 1e-3
+    # Adam divides a gradient by no less than 1e-5. So where one is nearly 0, its rounding, of some
+    # 1e-8, moves a weight by a thousandth of a step more or less. The others agree better.
+    steps = 16 * 3e-3
+    assert (ours - theirs).abs().max() < 1e-3 * steps
+    assert (ours - theirs).abs().mean() < 1e-5 * steps
     reported = peer.logger.name_to_value
     for name, theirs, sign in (
         ("policy_loss", "policy_gradient_loss", 1),

@@ -29,7 +29,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, TINY, Poison, environment
+from conftest import LIMIT, SCRIPT, TINY, Poison, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,7 +104,7 @@ def reference(tmp_path_factory):
         path = tmp_path_factory.mktemp("reference") / name
         command = [sys.executable, SCRIPT, *RUNS[name].split(), "--run-dir", path]
         done = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, timeout=120
+            command, env=environment(), capture_output=True, text=True, timeout=LIMIT
         )
         assert done.returncode == 0, done.stderr
         return path
@@ -142,7 +142,7 @@ def launch(tmp_path):
 
 def wait_for_row(process: subprocess.Popen, path: Path, count: int) -> None:
     """Until metrics.csv has `count` rows, its header aside, or the process has ended."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT
     while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > count):
         assert time.monotonic() < deadline, f"no row {count} in {path}"
         time.sleep(0.001)
@@ -164,8 +164,8 @@ def test_sigkill_at_random_moments_changes_no_bit(name, reference, launch, tmp_p
     run, rng = tmp_path / "run", random.Random(f"kill {name}")
     command = [*RUNS[name].split(), "--run-dir", run]
     row, kills = 0, []
-    for _ in range(4):
-        row += rng.randint(1, 12)  # how far on
+    for _ in range(2):  # the second one strikes a run that was resumed
+        row += rng.randint(1, 24)  # how far on
         pause = rng.uniform(0, 0.02)  # when within an update
         process = launch(*command)
         wait_for_row(process, run / "metrics.csv", row)
@@ -176,10 +176,10 @@ def test_sigkill_at_random_moments_changes_no_bit(name, reference, launch, tmp_p
         row = (run / "metrics.csv").read_bytes().count(b"\n")
         command = ["--resume", run]
     print(f"{name}: killed at (row, seconds later, exit code) {kills}")  # shown where it fails
-    assert [code for *_, code in kills] == [-signal.SIGKILL] * 4
+    assert [code for *_, code in kills] == [-signal.SIGKILL] * 2
     assert not (run / "summary.json").exists()
     process = launch("--resume", run)
-    assert process.wait(60) == 0, process.stderr.read()
+    assert process.wait(LIMIT) == 0, process.stderr.read()
     same_bits(run, reference(name))
 
 
@@ -232,7 +232,7 @@ def test_sigkill_while_a_file_is_being_written_changes_no_bit(reference, launch,
         ("before", "summary.json", 1, 80),
     ):
         process = launch(moment, name, which, *command, program=("-c", SABOTEUR))
-        assert process.wait(60) == -signal.SIGKILL, process.stderr.read()
+        assert process.wait(LIMIT) == -signal.SIGKILL, process.stderr.read()
         state = ppo.load_checkpoint(run / "checkpoint.pt")["state"]
         assert state["updates"] == updates
         assert state["beta"] != 1.0  # where an adaptive beta starts
@@ -271,7 +271,7 @@ def test_ctrl_c_says_one_line_exits_130_and_can_be_resumed(
     process = launch(*RUNS["clip"].split(), "--run-dir", "run")
     wait_for_row(process, tmp_path / "run" / "metrics.csv", 30)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT)
     note, line = err.splitlines()
     assert process.returncode == 130
     assert note.startswith("note: --checkpoint-every") and "--resume" in line
