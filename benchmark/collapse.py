@@ -15,7 +15,7 @@ worker replaces the old words by the new ones and runs the result, so that what 
 code itself with one line altered.
 
 Results are benchmark/results/collapse/TASK/: per suspect a folder with the runs.csv and curves.csv
-of benchmark/mujoco.py and the change, change.diff; random.csv, summary.md and collapse.png for all
+of benchmark/grids.py and the change, change.diff; random.csv, summary.md and collapse.png for all
 of them. To run again what is committed: --results mine.
 """
 
@@ -35,15 +35,15 @@ from benchmark import (
     Parser,
     UserError,
     cli,
+    grids,
     lockstep,
     markdown,
-    mujoco,
     number,
     plot,
     positive,
     sweep,
 )
-from benchmark.mujoco import LAYOUT, Grid
+from benchmark.grids import LAYOUT, Grid
 from benchmark.sweep import Call, Layout, Table
 
 RESULTS = sweep.ROOT / "benchmark/results/collapse"
@@ -199,9 +199,9 @@ def complete(names: list[str], grid: Grid, settings: list[str], folder: Path, jo
             altered(suspect.changes)
             mine = [*settings, *suspect.flags]
             before = mine if suspect.earlier is None else [*settings, *suspect.earlier]
-            mujoco.check(table, mine, before)
+            grids.check(table, mine, before)
             runs = f"runs/collapse/{folder.name}/{name}"
-            missing = mujoco.plan(grid, table.cells, mine, runs)
+            missing = grids.plan(grid, table.cells, mine, runs)
             if missing and len(table.runs) and diff_of(table.folder) != suspect.diff:
                 what = f"{table.folder} holds runs of another change, see its change.diff"
                 raise UserError(f"{what}; give other --results")
@@ -209,7 +209,7 @@ def complete(names: list[str], grid: Grid, settings: list[str], folder: Path, jo
                 table.folder.mkdir(exist_ok=True)
                 (table.folder / "change.diff").write_text(suspect.diff)
             calls += missing
-        mujoco.measure(grid, settings, folder / "random.csv")
+        grids.measure(grid, settings, folder / "random.csv")
         engine = partial(sweep.local, jobs=jobs, target=answer)
         sweep.run(calls, engine, lambda call: tables[suspect_of(call)])
 
@@ -234,7 +234,7 @@ def report(task: str, folder: Path) -> None:
 
     Raises OSError where none has.
     """
-    (untrained,) = mujoco.random_returns(folder / "random.csv", [task], "gaussian")
+    (untrained,) = grids.random_returns(folder / "random.csv", [task], "gaussian")
     tables = {}
     for name in SUSPECTS:
         if (folder / name / "runs.csv").exists():
@@ -250,7 +250,7 @@ def report(task: str, folder: Path) -> None:
         diff = diff_of(folder / name)
         diffs += f"`{name}`:\n\n```diff\n{diff}```\n\n" if diff else ""
     draw(folder / "collapse.png", panels, untrained)
-    origin = mujoco.origin(pd.concat([table.runs for table in tables.values()]))
+    origin = grids.origin(pd.concat([table.runs for table in tables.values()]))
     (folder / "summary.md").write_text(f"""# {task}, one detail at a time
 
 {markdown(rows)}
@@ -292,7 +292,7 @@ def draw(path: Path, panels: dict[str, plot.Groups], untrained: float) -> None:
 def main(argv: list[str]) -> None:
     parser = Parser("Which detail makes the difference to the paper's Table 1?")
     add = parser.add_argument
-    add("--task", choices=mujoco.TASKS, default=mujoco.TASKS[0], help="on which task")
+    add("--task", choices=grids.TASKS, default=grids.TASKS[0], help="on which task")
     add("--suspects", nargs="+", choices=SUSPECTS, default=list(SUSPECTS), help="what to try")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each objective")
     add("--total-timesteps", type=positive, default=1_000_000, help="of every run")
@@ -307,7 +307,7 @@ def main(argv: list[str]) -> None:
     if not args.report:
         grid = Grid([args.task], OBJECTIVES, sorted({*args.seeds}))
         flags = ["--bootstrap-truncated", *args.flags]  # as the committed runs were made
-        settings = mujoco.common_flags("paper", args.total_timesteps, flags)
+        settings = grids.common_flags("paper", args.total_timesteps, flags)
         complete(args.suspects, grid, settings, folder, args.jobs)
     report(args.task, folder)
     print(folder / "summary.md")

@@ -59,6 +59,7 @@ def ramble_task(letters: str = "ABCD", longest: int = 20) -> Task:
 
 # this file is a trainer (benchmark/sweep.py): grpo_toy.py with one task more
 parse_args = grpo_toy.parse_args
+load_run = grpo_toy.load_run
 UserError = grpo_toy.UserError
 
 

@@ -405,7 +405,7 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     """
     saved = None
     if args.resume is not None:
-        own, seeds, objectives, saved = load_crowd(args.resume)
+        own, seeds, objectives, saved = load_run(args.resume)
         if args != Args(resume=args.resume):
             own = replace(own, **{name: getattr(args, name) for name in ppo.RESUME_FLAGS})
         args = own
@@ -632,7 +632,7 @@ def make_folder(folder: Path, args: Args, seeds: list[int], objectives: list[str
         raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
 
 
-def load_crowd(run_dir: str) -> tuple[Args, list[int], list[str], dict | None]:
+def load_run(run_dir: str) -> tuple[Args, list[int], list[str], dict | None]:
     """Flags, seeds, objectives and the checkpoint, if any, of a crowd. Raises UserError."""
     path = Path(run_dir).expanduser()
     try:
@@ -684,7 +684,7 @@ def parse_args(argv: list[str]) -> tuple[Args, list[int], list[str]]:
     if crowd.resume is not None:
         given = ppo.given_flags(argv)  # refuses what cannot stand beside --resume
         changes = {name: getattr(args, name) for name in ppo.RESUME_FLAGS if name in given}
-        args = replace(load_crowd(crowd.resume)[0], **changes)
+        args = replace(load_run(crowd.resume)[0], **changes)
     return args, crowd.seeds or [1], crowd.objectives or ["clip:0.2"]
 
 

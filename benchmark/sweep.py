@@ -1,10 +1,10 @@
 """Many runs side by side: planned, made, killed and continued, and kept in two tables on disk.
 
 A trainer is a module with parse_args(flags), which may raise its UserError, and train(), which
-takes what parse_args() returns and leaves a run folder: config.json, metrics.csv, summary.json. The
-scripts are trainers, and so is benchmark/lockstep.py, whose run holds many agents. A Call is one
-process of a trainer; a Layout says what is kept of its agents: a row each in runs.csv, and some
-points each in curves.csv.
+takes what parse_args() returns and leaves a run folder: config.json, metrics.csv, summary.json. To
+go on with that, train() takes what load_run(folder) returns first. The scripts are trainers, and so
+is benchmark/lockstep.py, whose run holds many agents. A Call is one process of a trainer; a Layout
+says what is kept of its agents: a row each in runs.csv, and some points each in curves.csv.
 
 What a new table costs its author:
 
@@ -200,7 +200,7 @@ def work(call: Call, layout: Layout) -> Rows:
         args = replace(args, run_dir=str(path))
         if (path / "config.json").exists():
             read_config(path, call.crowd[0])
-            args = type(args)(resume=str(path))
+            args = module.load_run(str(path))[0]
         else:
             shutil.rmtree(path, ignore_errors=True)  # stopped before its first file was whole
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,19 +40,19 @@ from benchmark import (
     Parser,
     UserError,
     cli,
+    grids,
     markdown,
-    mujoco,
     number,
     plot,
     positive,
     scores,
     sweep,
 )
-from benchmark.mujoco import LAYOUT, PAPER, TASKS, Grid
+from benchmark.grids import LAYOUT, PAPER, TASKS, Grid
 
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVES = {
-    "paper": mujoco.OBJECTIVES,
+    "paper": grids.OBJECTIVES,
     "modern": ["none", "clip:0.2", "kl:1", "adaptive:0.01"],
 }
 SEEDS = {"paper": range(1, 11), "modern": range(1, 4)}
@@ -94,7 +94,7 @@ def tell_scores(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
     theirs = PAPER["avg_normalized_score"].reindex(objectives)
     zeros = {}
     for policy in ("gaussian", "uniform"):
-        zeros[policy] = mujoco.random_returns(folder / "random.csv", grid.tasks, policy)
+        zeros[policy] = grids.random_returns(folder / "random.csv", grid.tasks, policy)
     means, drawn = {}, {}
     for reading, (zero, one) in READINGS.items():
         normalised = scores.normalise(raw, zeros[zero], scores.best_returns(raw, one))
@@ -406,7 +406,7 @@ def report(folder: Path, asked: Grid, preset: str) -> None:
         text += "![beta over time](beta.png)\n\n"
     if "clip:0.2" in grid.objectives:
         text += tell_learning(folder, runs, grid, curves["episodic_return"])
-    (folder / "summary.md").write_text(text + mujoco.origin(table.runs))
+    (folder / "summary.md").write_text(text + grids.origin(table.runs))
 
 
 # ------------------------------------------------------------------------------------------ MAIN
@@ -421,11 +421,11 @@ def complete(grid: Grid, folder: Path, settings: list[str], engine) -> None:
     """Run what the CSVs of this folder lack of the grid. Raises UserError."""
     with sweep.alone(folder):
         table = sweep.Table(folder, LAYOUT)
-        mujoco.check(table, settings)
-        calls = mujoco.plan(grid, table.cells, settings, f"runs/{folder.name}")
+        grids.check(table, settings)
+        calls = grids.plan(grid, table.cells, settings, f"runs/{folder.name}")
         if table.runs.empty:  # whatever is there may be of other flags
             (folder / "random.csv").unlink(missing_ok=True)
-        mujoco.measure(grid, settings, folder / "random.csv")
+        grids.measure(grid, settings, folder / "random.csv")
         sweep.run(calls, engine, lambda call: table)
 
 
@@ -448,9 +448,9 @@ def main(argv: list[str]) -> None:
     grid = make_grid(args.tasks, objectives, args.seeds or SEEDS[args.preset])
     default = "table1" if args.preset == "paper" else f"table1-{args.preset}"
     folder = args.results or ROOT / "benchmark/results" / default
-    settings = mujoco.common_flags(args.preset, args.total_timesteps, args.flags)
+    settings = grids.common_flags(args.preset, args.total_timesteps, args.flags)
     if not args.report:
-        cuda = mujoco.parse(settings)[0].device == "cuda"
+        cuda = grids.parse(settings)[0].device == "cuda"
         most = 1 if cuda else min(len(sweep.CORES), len(grid.tasks))
         complete(grid, folder, settings, sweep.choose_engine(args, most))
     report(folder, grid, args.preset)

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import importlib.util
 import json
 import re
 import shutil
@@ -82,14 +83,14 @@ def write_run(
 
 # ---------------------------------------------------------------------------------------- ARROWS
 SHARED = {"lockstep": set(), "scores": set(), "sweep": set(), "plot": {"scores"}}
-SHARED["mujoco"] = {"sweep", "lockstep"}
+SHARED["grids"] = {"sweep", "lockstep"}
 SHARED["gpu"] = {*SHARED, "speed"}  # the same measurements, on another device
 FILES = sorted(path.stem for path in (ROOT / "benchmark").glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_is_imported_from_a_table(name):
-    """Tables and figures -> mujoco, sweep, scores, plot -> lockstep -> the scripts."""
+    """Tables and figures -> grids, sweep, scores, plot -> lockstep -> the scripts."""
     imported = set()
     for node in ast.walk(ast.parse((ROOT / f"benchmark/{name}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "benchmark":
@@ -97,6 +98,12 @@ def test_nothing_is_imported_from_a_table(name):
         elif isinstance(node, ast.ImportFrom) and node.module.startswith("benchmark."):
             imported.add(node.module.removeprefix("benchmark."))
     assert imported <= SHARED.get(name, set(SHARED))
+
+
+def test_no_file_is_named_as_a_package():
+    """Python looks beside the file that it runs first: benchmark/mujoco.py would be `mujoco`."""
+    assert len(FILES) > 10
+    assert [name for name in FILES if importlib.util.find_spec(name)] == []
 
 
 # -------------------------------------------------------------------------------------- VERSIONS

@@ -1042,7 +1042,7 @@ def test_a_number_that_is_none_stops_the_run_with_code_3_and_keeps_the_checkpoin
     code, _, err = main(*TINY.split(), "--checkpoint-every", 2, "--run-dir", "run")
     said = f"{source} not finite in update 4;"
     if source == "rewards":
-        said = r"Task\.verify\(.*\) gave nan in update 4,"
+        said = r"sort, update 4: NonFiniteError: Task\.verify\(.*\) gave nan; a reward must"
     assert code == 3 and re.match(f"error: {said}", err[-1])
     saved = grpo.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     updates = 3 if source == "rewards" else 2  # no weights have changed before the rewards

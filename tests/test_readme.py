@@ -15,9 +15,9 @@ from benchmark import (
     atari,
     classic,
     collapse,
+    grids,
     grpo,
     lockstep,
-    mujoco,
     ratchet,
     read_csv,
     readme,
@@ -132,7 +132,7 @@ def reports() -> dict:
     def collapsed(folder: Path) -> None:
         collapse.main(["--report", "--task", folder.name, "--results", str(folder.parent)])
 
-    found = {f"collapse/{task}/summary.md": collapsed for task in mujoco.TASKS}
+    found = {f"collapse/{task}/summary.md": collapsed for task in grids.TASKS}
     found |= {f"speed/{suite}.md": speed_table(suite) for suite in speed.SUITES}
     for tool in (classic, grpo, atari, ratchet):
         found[f"{tool.__name__.rpartition('.')[2]}/summary.md"] = module(tool)

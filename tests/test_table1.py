@@ -1,4 +1,4 @@
-"""benchmark/table1.py and what it stands on: sweep.py, mujoco.py, scores.py.
+"""benchmark/table1.py and what it stands on: sweep.py, grids.py, scores.py.
 
 The scores by hand; small grids, killed, continued, on a Ray cluster.
 """
@@ -23,8 +23,8 @@ import pandas as pd
 import pytest
 from conftest import LIMIT
 
-from benchmark import UserError, mujoco, read_csv, scores, sweep, table1
-from benchmark.mujoco import LAYOUT, Grid
+from benchmark import UserError, grids, read_csv, scores, sweep, table1
+from benchmark.grids import LAYOUT, Grid
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["InvertedPendulum-v4", "Reacher-v4"]
@@ -49,7 +49,7 @@ def cell_of(row: dict) -> tuple:
 
 
 def settings(updates: int) -> list[str]:
-    return mujoco.common_flags("paper", 128 * updates, SMALL)
+    return grids.common_flags("paper", 128 * updates, SMALL)
 
 
 def wait_for(condition, seconds: float = LIMIT) -> None:
@@ -269,10 +269,10 @@ def test_report_of_a_part_says_so(tmp_path):
 
 def test_report_compares_all_eleven_with_the_paper(tmp_path):
     """Returns that are the paper's own scores must correlate with it perfectly."""
-    theirs = mujoco.PAPER["avg_normalized_score"]
-    cells = itertools.product(mujoco.TASKS, theirs.index, (1, 2, 3))
+    theirs = grids.PAPER["avg_normalized_score"]
+    cells = itertools.product(grids.TASKS, theirs.index, (1, 2, 3))
     runs = [row(task, o, seed, 1000 * theirs[o]) for task, o, seed in cells]
-    folder = write_folder(tmp_path / "t", runs, dict.fromkeys(mujoco.TASKS, (0, 0)))
+    folder = write_folder(tmp_path / "t", runs, dict.fromkeys(grids.TASKS, (0, 0)))
     start = time.process_time()  # whatever runs beside this
     table1.main(["--report", "--results", str(folder), "--seeds", "1", "2", "3"])
     assert time.process_time() - start < 60
@@ -298,7 +298,7 @@ def test_report_refuses_what_is_not_there(tmp_path):
 def test_only_missing_cells_are_planned():
     grid = Grid(["Hopper-v4", "Swimmer-v4"], ["none", "clip:0.2", "kl:1"], [1, 2])
     done = {("Hopper-v4", "clip:0.2", 1), ("Hopper-v4", "clip:0.2", 2), ("Swimmer-v4", "kl:1", 2)}
-    calls = mujoco.plan(grid, done, ["--preset", "modern"], "runs/x")
+    calls = grids.plan(grid, done, ["--preset", "modern"], "runs/x")
     named = [call.flags[-1].removeprefix("runs/x/") for call in calls]
     assert named == [
         "Hopper-v4__1-2__none_kl-1",
@@ -310,10 +310,10 @@ def test_only_missing_cells_are_planned():
     trained = [(args.env_id, args.objective, args.seed) for args in crowd]
     assert len(trained) == 9 and set(trained) == set(grid.cells) - done
     assert all(args.scale_rewards and args.anneal_lr for args in crowd)  # modern
-    assert calls == mujoco.plan(grid, done, ["--preset", "modern"], "runs/x")
-    assert mujoco.plan(grid, set(grid.cells), [], "runs/x") == []
+    assert calls == grids.plan(grid, done, ["--preset", "modern"], "runs/x")
+    assert grids.plan(grid, set(grid.cells), [], "runs/x") == []
     ten = Grid(grid.tasks, ["none"], list(range(1, 11)))
-    calls = mujoco.plan(ten, set(), [], "runs/x")
+    calls = grids.plan(ten, set(), [], "runs/x")
     assert [len(call.crowd) for call in calls] == [3, 3, 3, 3, 3, 3, 1, 1]
     assert [call.crowd[0].env_id for call in calls] == grid.tasks * 4  # three seeds of each first
 
@@ -340,7 +340,7 @@ def test_rows_say_what_the_run_folder_says(whole):
         assert run["agents"] == "2"
         script, *words = run["command"].removeprefix("python ").split()
         assert script == "benchmark/lockstep.py" and words[-1] == f"runs/small/{folder.name}"
-        cells = [(args.objective, args.seed) for args in mujoco.parse(words)]
+        cells = [(args.objective, args.seed) for args in grids.parse(words)]
         assert cells == [("none", 1), ("clip:0.2", 1)]
         config = json.loads((mine / "config.json").read_text())
         assert not config["args"]["bootstrap_truncated"] and not config["args"]["scale_rewards"]
@@ -348,7 +348,7 @@ def test_rows_say_what_the_run_folder_says(whole):
 
 def test_curves_are_thinned(whole):
     grid = Grid(TASKS[:1], ["none", "clip:0.2"], [1])
-    (call,) = mujoco.plan(grid, set(), settings(24), "runs/small")
+    (call,) = grids.plan(grid, set(), settings(24), "runs/small")
     assert LAYOUT.points == 200
     _, points = sweep.collect(replace(call, root=str(whole)), replace(LAYOUT, points=10))
     steps = points[points["objective"] == "none"]["global_step"].astype(int).tolist()
@@ -379,9 +379,9 @@ def test_every_seed_has_untrained_policies_of_its_own(tmp_path):
     """And keeps them, whoever else is measured."""
     for seeds in ([1], [1, 2, 3]):
         grid = Grid(TASKS[1:], [], seeds)
-        mujoco.measure(grid, settings(1), tmp_path / "random.csv")
+        grids.measure(grid, settings(1), tmp_path / "random.csv")
     both = read_csv(tmp_path / "random.csv")
-    mujoco.measure(Grid(TASKS[1:], [], [3]), settings(1), tmp_path / "alone.csv")
+    grids.measure(Grid(TASKS[1:], [], [3]), settings(1), tmp_path / "alone.csv")
     assert [row["policy"] + row["seed"] for row in both] == [
         p + s for p in ("uniform", "gaussian") for s in "123"
     ]
@@ -430,7 +430,7 @@ def test_a_crowd_that_was_stopped_at_its_last_files_is_completed(whole, tmp_path
     """Killed when only one of its agents had a summary."""
     shutil.copytree(whole / "runs", tmp_path / "runs")
     grid = Grid(TASKS[:1], ["none", "clip:0.2"], [1])
-    (call,) = mujoco.plan(grid, set(), settings(24), "runs/small")
+    (call,) = grids.plan(grid, set(), settings(24), "runs/small")
     expected = sweep.collect(replace(call, root=str(whole)), LAYOUT)
     call = replace(call, root=str(tmp_path))
     (call.folders[1] / "summary.json").unlink()
@@ -459,7 +459,7 @@ def test_missing_cells_are_filled_in_beside_those_that_are_there(whole, tmp_path
 
 
 def test_a_worker_that_dies_stops_nobody_else(tmp_path):
-    calls = mujoco.plan(Grid(TASKS, ["clip:0.2"], [1]), set(), settings(2), "runs/x")
+    calls = grids.plan(Grid(TASKS, ["clip:0.2"], [1]), set(), settings(2), "runs/x")
     calls = [replace(call, root=str(tmp_path)) for call in calls]
     killed = []
 
@@ -496,7 +496,7 @@ def meet(call, layout, mine, pipe):
 
 @pytest.mark.skipif(len(sweep.CORES) < 2, reason="one core has nothing to share out")
 def test_side_by_side_each_has_its_own_cores(tmp_path):
-    calls = mujoco.plan(Grid(TASKS, ["clip:0.2"], [1]), set(), settings(2), "runs/x")
+    calls = grids.plan(Grid(TASKS, ["clip:0.2"], [1]), set(), settings(2), "runs/x")
     calls = [replace(call, root=str(tmp_path)) for call in calls]
     found = dict(sweep.local(calls, LAYOUT, lambda: None, jobs=2, target=meet))
     (one, given), (two, other) = (found[call] for call in calls)
@@ -567,11 +567,11 @@ def test_a_committed_table_lacks_nothing_and_takes_no_run_of_another_meaning(
     table = sweep.Table(tmp_path / "mine", LAYOUT)
     if preset == "paper":  # in today's meaning
         with pytest.raises(UserError, match="holds runs of other settings"):
-            mujoco.check(table, mujoco.common_flags(preset, 1_000_000, []))
-    mujoco.check(table, mujoco.common_flags(preset, 1_000_000, more))
+            grids.check(table, grids.common_flags(preset, 1_000_000, []))
+    grids.check(table, grids.common_flags(preset, 1_000_000, more))
     table.runs.loc[0, "bootstrap_truncated"] = "False"
     with pytest.raises(UserError, match="holds runs of other settings"):
-        mujoco.check(table, mujoco.common_flags(preset, 1_000_000, more))
+        grids.check(table, grids.common_flags(preset, 1_000_000, more))
 
 
 def test_results_of_other_settings_are_left_alone(whole, monkeypatch):
@@ -584,7 +584,7 @@ def test_results_of_other_settings_are_left_alone(whole, monkeypatch):
 
 def test_a_run_folder_of_other_flags_is_refused(whole):
     grid = Grid(TASKS[:1], ["none", "clip:0.2"], [1])
-    (call,) = mujoco.plan(grid, set(), settings(25), "runs/small")
+    (call,) = grids.plan(grid, set(), settings(25), "runs/small")
     what = "ran with total_timesteps 3072 instead of 3200; remove the folder"
     with pytest.raises(UserError, match=what):
         sweep.work(replace(call, root=str(whole)), LAYOUT)
