@@ -712,64 +712,68 @@ def train(args: Args, task: Task | None = None) -> tuple[Agent, dict]:
     who = {"seed": args.seed, "objective": args.objective}
     run = Run(args, {"task": task.name}, who, saved)
 
-    if saved is None:
-        start = time.perf_counter()
-        warm_up(agent, task, args)
-        state["warmup_seconds"] = time.perf_counter() - start
-        weights = nn.utils.parameters_to_vector(agent.parameters())
-        check_finite({"weights after the warm-up": weights}, 0)
-        reference.load_state_dict(agent.state_dict())
-        state["before"] = evaluate(agent, task, args)
-        show("before training", state["before"], args.pass_k)
-
-    for iteration in range(state["updates"], args.num_updates):
-        # ROLLOUT
-        with run.saving_work(state, parts):  # the verifier may be the user's
-            rows = torch.randint(len(task.prompts), (args.num_prompts,), generator=prompt_rng)
-            questions = [task.prompts[row] for row in rows.tolist()]
-            prompts = task.encode(questions)
-            answers = sample(
-                agent, prompts, args.group_size, task.max_length, args.temperature, answer_rng
-            )
-            rewards = verify(task, questions, answers, args.group_size)
-
-        # ADVANTAGES
-        advantages = group_advantages(rewards, args.baseline, args.scale_rewards)
-        with torch.no_grad():
-            ref_log_probs = score(
-                reference, prompts, answers["tokens"], args.group_size, args.temperature
-            )
-        batch = {
-            "prompts": prompts,
-            "tokens": answers["tokens"],
-            "mask": answers["mask"],
-            "advantages": advantages.flatten(),
-            "log_probs": answers["log_probs"],
-            "ref_log_probs": ref_log_probs,
-        }
-
-        # UPDATE
-        lr = args.learning_rate
-        if args.anneal_lr:
-            lr = lr * (1 - iteration / args.num_updates)
-        optimizer.param_groups[0]["lr"] = lr
-        metrics = update(agent, optimizer, batch, task.max_length, args)
-        weights = nn.utils.parameters_to_vector(agent.parameters())
-        check_finite(metrics | {"weights": weights}, iteration + 1)
-
-        # LOG
-        lengths = answers["mask"].sum(1)
-        state["updates"] += 1
-        state["transitions"] += int(lengths.sum())
-        pairs = zip(rewards.flatten().tolist(), lengths.tolist(), strict=True)
-        episodes = [(row, reward, length) for row, (reward, length) in enumerate(pairs)]
-        losses = {name: metrics.pop(name) for name in LOSSES}
-        metrics = group_metrics(rewards, answers) | metrics
-        run.log(state["updates"], episodes, {"learning_rate": lr}, losses, **metrics)
-        if args.ref_sync and state["updates"] % args.ref_sync == 0:
+    with contextlib.closing(run):
+        if saved is None:
+            start = time.perf_counter()
+            warm_up(agent, task, args)
+            state["warmup_seconds"] = time.perf_counter() - start
+            weights = nn.utils.parameters_to_vector(agent.parameters())
+            check_finite({"weights after the warm-up": weights}, 0)
             reference.load_state_dict(agent.state_dict())
-        if state["updates"] % args.checkpoint_every == 0 or state["updates"] == args.num_updates:
-            save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
+            state["before"] = evaluate(agent, task, args)
+            show("before training", state["before"], args.pass_k)
+
+        for iteration in range(state["updates"], args.num_updates):
+            # ROLLOUT
+            with run.saving_work(state, parts):  # the verifier may be the user's
+                rows = torch.randint(len(task.prompts), (args.num_prompts,), generator=prompt_rng)
+                questions = [task.prompts[row] for row in rows.tolist()]
+                prompts = task.encode(questions)
+                answers = sample(
+                    agent, prompts, args.group_size, task.max_length, args.temperature, answer_rng
+                )
+                rewards = verify(task, questions, answers, args.group_size)
+
+            # ADVANTAGES
+            advantages = group_advantages(rewards, args.baseline, args.scale_rewards)
+            with torch.no_grad():
+                ref_log_probs = score(
+                    reference, prompts, answers["tokens"], args.group_size, args.temperature
+                )
+            batch = {
+                "prompts": prompts,
+                "tokens": answers["tokens"],
+                "mask": answers["mask"],
+                "advantages": advantages.flatten(),
+                "log_probs": answers["log_probs"],
+                "ref_log_probs": ref_log_probs,
+            }
+
+            # UPDATE
+            lr = args.learning_rate
+            if args.anneal_lr:
+                lr = lr * (1 - iteration / args.num_updates)
+            optimizer.param_groups[0]["lr"] = lr
+            metrics = update(agent, optimizer, batch, task.max_length, args)
+            weights = nn.utils.parameters_to_vector(agent.parameters())
+            check_finite(metrics | {"weights": weights}, iteration + 1)
+
+            # LOG
+            lengths = answers["mask"].sum(1)
+            state["updates"] += 1
+            state["transitions"] += int(lengths.sum())
+            pairs = zip(rewards.flatten().tolist(), lengths.tolist(), strict=True)
+            episodes = [(row, reward, length) for row, (reward, length) in enumerate(pairs)]
+            losses = {name: metrics.pop(name) for name in LOSSES}
+            metrics = group_metrics(rewards, answers) | metrics
+            run.log(state["updates"], episodes, {"learning_rate": lr}, losses, **metrics)
+            if args.ref_sync and state["updates"] % args.ref_sync == 0:
+                reference.load_state_dict(agent.state_dict())
+            if (
+                state["updates"] % args.checkpoint_every == 0
+                or state["updates"] == args.num_updates
+            ):
+                save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
     after = evaluate(agent, task, args)
     show("after training", after, args.pass_k)
     run.task |= {  # for summary.json
@@ -1008,7 +1012,7 @@ def check_words(what: str, words: list[str], vocab: set[str]) -> int:
 @torch_threads(1)
 def evaluate_run(args: Args) -> None:
     """--evaluate: evaluate the run of a folder, print it, and write evaluation.json there."""
-    path = Path(args.evaluate).expanduser()
+    path = Path(args.evaluate).expanduser().absolute()
     agent, task, trained = load_agent(args.evaluate)
     options = {name: getattr(args, name) for name in EVALUATION_FLAGS}
     trained = check_args(replace(trained, **options), task)
@@ -1042,7 +1046,7 @@ def check_finite(named: dict, update: int) -> None:
     """Raises NonFiniteError, with name and update, unless every number in `named` is finite."""
     for name, x in named.items():
         if not torch.isfinite(torch.as_tensor(x)).all():
-            raise NonFiniteError(f"{name} not finite in update {update}; checkpoints are older")
+            raise NonFiniteError(f"{name} not finite in update {update}")
 
 
 def stream(seed: int, name: str, index: int = 0) -> int:
@@ -1174,13 +1178,17 @@ def saving_work(save: Callable[[], None], generators: list[torch.Generator], whe
     before = [generator.get_state() for generator in generators]
     try:
         yield
-    except Exception as reason:
+    except (Exception, SystemExit) as reason:
         for generator, generator_state in zip(generators, before, strict=True):
             generator.set_state(generator_state)
-        save()
-        kind = NonFiniteError if isinstance(reason, NonFiniteError) else RuntimeError
-        what = f"{where}: {type(reason).__name__}: {reason}"
-        raise kind(f"{what}; --resume goes on from the update before") from reason
+        kept = "what was learned before is saved, --resume goes on there"
+        try:
+            save()
+        except UserError as failure:
+            kept = f"{failure}, so what was learned since the last checkpoint is lost"
+        if isinstance(reason, NonFiniteError):
+            raise NonFiniteError(f"{where}: {reason}; {kept}") from reason
+        raise RuntimeError(f"{where}: {type(reason).__name__}: {reason}; {kept}") from reason
 
 
 def restore(parts: dict, saved: dict) -> None:
@@ -1197,6 +1205,7 @@ class Run:
     """
 
     hide_bar = None  # as tqdm takes it: hide it where there is no terminal
+    own_checkpoint = True  # benchmark/lockstep.py has one for all of its runs
 
     def __init__(self, args: Args, task: dict, who: dict, saved: dict | None):
         self.task = task
@@ -1220,19 +1229,24 @@ class Run:
         self.path = self.shown.absolute()  # an environment may change the working directory
         if args.track:
             call_wandb("login")
+        self.files = {}
         with writing(self.path):
             if not args.resume:
-                self.create_folder()
-            self.files = {}
+                self.make_folder()
             for name in ("metrics.csv", "episodes.csv"):
                 file = open(self.path / name, "r+" if saved else "a+", newline="")  # noqa: SIM115
+                self.files[name] = file
                 self.lock(file)
+            if saved and self.own_checkpoint:
+                self.check_still(saved)
+            for name, file in self.files.items():
                 length = saved["lengths"][name] if saved else 0
                 if file.seek(0, os.SEEK_END) < length:
                     raise UserError(f"{self.shown}/{name} is shorter than at the checkpoint")
                 file.seek(length)
                 file.truncate()  # the rows after the checkpoint will be written again
-                self.files[name] = file
+        if not args.resume:
+            self.write_config()
         self.wandb = None
         if args.track:
             start = (self.path / "config.json").read_bytes()  # names this run, and stays the same
@@ -1245,12 +1259,15 @@ class Run:
             total=steps, initial=done, desc=self.title, unit_scale=True, disable=self.hide_bar
         )
 
-    def create_folder(self) -> None:
-        """A new folder with config.json in it. Raises UserError where the folder is not empty."""
+    def make_folder(self) -> None:
+        """Raises UserError where there is a folder, and it is not empty."""
         self.path.mkdir(parents=True, exist_ok=True)
         if any(self.path.iterdir()):
             what = f"choose another --run-dir, or --resume {self.shown}"
             raise UserError(f"{self.shown} is not empty; {what}")
+
+    def write_config(self) -> None:
+        """What the run is: its flags, and the versions of what it is made with."""
         packages = ("torch", "numpy", "gymnasium", "envpool", "tyro")
         versions = {name: version(name) for name in packages if name in sys.modules}
         config = {
@@ -1270,6 +1287,14 @@ class Run:
         except BlockingIOError as reason:
             what = "another process is at work on it; wait until it has ended"
             raise UserError(f"{self.shown}: {what}") from reason
+        except OSError:
+            return  # a file system that has no locks
+
+    def check_still(self, saved: dict) -> None:
+        """Raises UserError where the run has gone on since `saved` was read, before the lock."""
+        path = self.path / "checkpoint.pt"
+        if path.exists() and load_checkpoint(path)["state"] != saved["state"]:
+            raise UserError(f"{self.shown} has gone on meanwhile; --resume it again")
 
     def saving_work(self, state: dict, parts: dict):
         """saving_work() for this run."""
@@ -1339,12 +1364,16 @@ class Run:
             saved[name] = take()
         return saved
 
-    def finish(self, state: dict, returns: list[float]) -> dict:
-        """Write summary.json, with the returns of the evaluation, and say how the run did."""
+    def close(self) -> None:
+        """Close the files, which unlocks the folder."""
         self.bar.close()
         with writing(self.path):
             for file in self.files.values():
                 file.close()
+
+    def finish(self, state: dict, returns: list[float]) -> dict:
+        """Write summary.json, with the returns of the evaluation, and say how the run did."""
+        self.close()
         steps = state["updates"] * self.batch_size
         summary = {
             **self.task,
@@ -1397,11 +1426,14 @@ def check_types(args: Args) -> Args:
         kinds = [kind for kind in allowed if isinstance(kind, type)]
         if float in kinds:
             kinds.append(int)
-        if value not in allowed and not isinstance(value, tuple(kinds)):
-            wanted = getattr(field.type, "__name__", field.type)
+        if not isinstance(value, tuple(kinds)) and not (
+            isinstance(value, str) and value in allowed
+        ):
+            wanted = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            wanted = wanted.removeprefix("typing.")
             raise UserError(f"{field.name} must be {wanted}, not {value!r}")
         plain[field.name] = value
-    return Args(**plain)
+    return replace(args, **plain)
 
 
 def given_flags(argv: list[str]) -> list[str]:

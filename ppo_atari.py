@@ -604,72 +604,75 @@ def train(args: Args) -> tuple[Agent, dict]:
         who = {"seed": args.seed, "objective": args.objective}
         run = Run(args, {"env_id": args.env_id}, who, saved)
 
-    for iteration in range(state["updates"], args.num_updates):
-        # ROLLOUT
-        if iteration % args.checkpoint_every == 0:  # a checkpoint holds no environments: begin anew
-            actors.restart(stream(args.seed, "environments", iteration) + first_env)
-        # every rank draws the noise of all actors and takes that of its own
-        shape = (args.num_steps, args.num_envs, state["dims"]["num_actions"])
-        noise = draw_noise(shape, parts["action_rng"])[:, first_env : first_env + local_envs]
-        rollout, games = collect(agent, actors, torch.from_numpy(noise).to(args.device))
-        computed = {name: rollout[name] for name in ("rewards", "log_probs", "values")}
-        check_finite(computed, iteration + 1)
+    with contextlib.closing(run) if rank == 0 else contextlib.nullcontext():
+        for iteration in range(state["updates"], args.num_updates):
+            # ROLLOUT
+            if (
+                iteration % args.checkpoint_every == 0
+            ):  # a checkpoint holds no environments: begin anew
+                actors.restart(stream(args.seed, "environments", iteration) + first_env)
+            # every rank draws the noise of all actors and takes that of its own
+            shape = (args.num_steps, args.num_envs, state["dims"]["num_actions"])
+            noise = draw_noise(shape, parts["action_rng"])[:, first_env : first_env + local_envs]
+            rollout, games = collect(agent, actors, torch.from_numpy(noise).to(args.device))
+            computed = {name: rollout[name] for name in ("rewards", "log_probs", "values")}
+            check_finite(computed, iteration + 1)
 
-        # ADVANTAGES
-        terminated = rollout["terminated"]
-        truncated = rollout["truncated"]
-        if not args.bootstrap_truncated:  # a time limit counts as an end
-            terminated = terminated | truncated
-        values = rollout["values"].cpu()  # gae takes many small steps, slow on a GPU
-        rewards = rollout["rewards"]
-        advantages = gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
-        batch = {
-            "obs": rollout["obs"][:-1],
-            "actions": rollout["actions"],
-            "log_probs": rollout["log_probs"],
-            "log_prob": log_prob_of(rollout["log_probs"], rollout["actions"]),
-            "values": values[:-1],
-            "advantages": advantages,
-            "returns": advantages + values[:-1],  # V_targ: the TD(lambda) return
-            "valid": rollout["valid"].float(),
-        }
-        # [T, N, ...] -> [B, ...]
-        batch = {name: x.flatten(0, 1).to(args.device) for name, x in batch.items()}
+            # ADVANTAGES
+            terminated = rollout["terminated"]
+            truncated = rollout["truncated"]
+            if not args.bootstrap_truncated:  # a time limit counts as an end
+                terminated = terminated | truncated
+            values = rollout["values"].cpu()  # gae takes many small steps, slow on a GPU
+            rewards = rollout["rewards"]
+            advantages = gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
+            batch = {
+                "obs": rollout["obs"][:-1],
+                "actions": rollout["actions"],
+                "log_probs": rollout["log_probs"],
+                "log_prob": log_prob_of(rollout["log_probs"], rollout["actions"]),
+                "values": values[:-1],
+                "advantages": advantages,
+                "returns": advantages + values[:-1],  # V_targ: the TD(lambda) return
+                "valid": rollout["valid"].float(),
+            }
+            # [T, N, ...] -> [B, ...]
+            batch = {name: x.flatten(0, 1).to(args.device) for name, x in batch.items()}
 
-        # UPDATE
-        lr, current = annealed(args, objective, iteration)
-        parts["optimizer"].param_groups[0]["lr"] = lr
-        beta = state["beta"]
-        with torch_threads(threads):
-            losses = update(
-                agent=agent,
-                optimizer=parts["optimizer"],
-                batch=batch,
-                orders=draw_orders(args, rank, world, parts["minibatch_rng"]).to(args.device),
-                objective=current,
-                beta=beta,
-                args=args,
-                loss_fn=loss_fn,
-            )
-        weights = nn.utils.parameters_to_vector(agent.parameters())
-        check_finite(losses | {"weights": weights}, iteration + 1)
-        if objective.kind == "adaptive":
-            state["beta"] = adapt_beta(beta, losses["kl_after_update"], objective)
+            # UPDATE
+            lr, current = annealed(args, objective, iteration)
+            parts["optimizer"].param_groups[0]["lr"] = lr
+            beta = state["beta"]
+            with torch_threads(threads):
+                losses = update(
+                    agent=agent,
+                    optimizer=parts["optimizer"],
+                    batch=batch,
+                    orders=draw_orders(args, rank, world, parts["minibatch_rng"]).to(args.device),
+                    objective=current,
+                    beta=beta,
+                    args=args,
+                    loss_fn=loss_fn,
+                )
+            weights = nn.utils.parameters_to_vector(agent.parameters())
+            check_finite(losses | {"weights": weights}, iteration + 1)
+            if objective.kind == "adaptive":
+                state["beta"] = adapt_beta(beta, losses["kl_after_update"], objective)
 
-        # LOG
-        state["updates"] += 1
-        state["transitions"] += int(all_reduce(batch["valid"].sum()))
-        episodes = []
-        for t, i, game_return, length in games:
-            episodes.append((t * args.num_envs + first_env + i, game_return, length))
-        episodes = gathered(episodes)
-        epsilon = current.epsilon if objective.kind == "clip" else None
-        if rank == 0:
-            charts = {"learning_rate": lr, "beta": beta, "epsilon": epsilon}
-            run.log(state["updates"], episodes, charts, losses)
-            due = state["updates"] % args.checkpoint_every == 0
-            if due or state["updates"] == args.num_updates:
-                save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
+            # LOG
+            state["updates"] += 1
+            state["transitions"] += int(all_reduce(batch["valid"].sum()))
+            episodes = []
+            for t, i, game_return, length in games:
+                episodes.append((t * args.num_envs + first_env + i, game_return, length))
+            episodes = gathered(episodes)
+            epsilon = current.epsilon if objective.kind == "clip" else None
+            if rank == 0:
+                charts = {"learning_rate": lr, "beta": beta, "epsilon": epsilon}
+                run.log(state["updates"], episodes, charts, losses)
+                due = state["updates"] % args.checkpoint_every == 0
+                if due or state["updates"] == args.num_updates:
+                    save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
@@ -906,7 +909,7 @@ def space_checkpoints(args: Args) -> None:
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: evaluate the run of a folder, print it, and write evaluation.json there."""
-    path = Path(args.evaluate).expanduser()
+    path = Path(args.evaluate).expanduser().absolute()
     agent, trained = load_agent(args.evaluate)
     options = {name: getattr(args, name) for name in EVALUATION_FLAGS}
     returns = evaluate(agent, check_args(replace(trained, **options)), path)
@@ -936,7 +939,7 @@ def check_finite(named: dict, update: int) -> None:
     """Raises NonFiniteError, with name and update, unless every number in `named` is finite."""
     for name, x in named.items():
         if not torch.isfinite(torch.as_tensor(x)).all():
-            raise NonFiniteError(f"{name} not finite in update {update}; checkpoints are older")
+            raise NonFiniteError(f"{name} not finite in update {update}")
 
 
 def stream(seed: int, name: str, index: int = 0) -> int:
@@ -1068,13 +1071,17 @@ def saving_work(save: Callable[[], None], generators: list[torch.Generator], whe
     before = [generator.get_state() for generator in generators]
     try:
         yield
-    except Exception as reason:
+    except (Exception, SystemExit) as reason:
         for generator, generator_state in zip(generators, before, strict=True):
             generator.set_state(generator_state)
-        save()
-        kind = NonFiniteError if isinstance(reason, NonFiniteError) else RuntimeError
-        what = f"{where}: {type(reason).__name__}: {reason}"
-        raise kind(f"{what}; --resume goes on from the update before") from reason
+        kept = "what was learned before is saved, --resume goes on there"
+        try:
+            save()
+        except UserError as failure:
+            kept = f"{failure}, so what was learned since the last checkpoint is lost"
+        if isinstance(reason, NonFiniteError):
+            raise NonFiniteError(f"{where}: {reason}; {kept}") from reason
+        raise RuntimeError(f"{where}: {type(reason).__name__}: {reason}; {kept}") from reason
 
 
 def restore(parts: dict, saved: dict) -> None:
@@ -1091,6 +1098,7 @@ class Run:
     """
 
     hide_bar = None  # as tqdm takes it: hide it where there is no terminal
+    own_checkpoint = True  # benchmark/lockstep.py has one for all of its runs
 
     def __init__(self, args: Args, task: dict, who: dict, saved: dict | None):
         self.task = task
@@ -1114,19 +1122,24 @@ class Run:
         self.path = self.shown.absolute()  # an environment may change the working directory
         if args.track:
             call_wandb("login")
+        self.files = {}
         with writing(self.path):
             if not args.resume:
-                self.create_folder()
-            self.files = {}
+                self.make_folder()
             for name in ("metrics.csv", "episodes.csv"):
                 file = open(self.path / name, "r+" if saved else "a+", newline="")  # noqa: SIM115
+                self.files[name] = file
                 self.lock(file)
+            if saved and self.own_checkpoint:
+                self.check_still(saved)
+            for name, file in self.files.items():
                 length = saved["lengths"][name] if saved else 0
                 if file.seek(0, os.SEEK_END) < length:
                     raise UserError(f"{self.shown}/{name} is shorter than at the checkpoint")
                 file.seek(length)
                 file.truncate()  # the rows after the checkpoint will be written again
-                self.files[name] = file
+        if not args.resume:
+            self.write_config()
         self.wandb = None
         if args.track:
             start = (self.path / "config.json").read_bytes()  # names this run, and stays the same
@@ -1139,12 +1152,15 @@ class Run:
             total=steps, initial=done, desc=self.title, unit_scale=True, disable=self.hide_bar
         )
 
-    def create_folder(self) -> None:
-        """A new folder with config.json in it. Raises UserError where the folder is not empty."""
+    def make_folder(self) -> None:
+        """Raises UserError where there is a folder, and it is not empty."""
         self.path.mkdir(parents=True, exist_ok=True)
         if any(self.path.iterdir()):
             what = f"choose another --run-dir, or --resume {self.shown}"
             raise UserError(f"{self.shown} is not empty; {what}")
+
+    def write_config(self) -> None:
+        """What the run is: its flags, and the versions of what it is made with."""
         packages = ("torch", "numpy", "gymnasium", "envpool", "tyro")
         versions = {name: version(name) for name in packages if name in sys.modules}
         config = {
@@ -1164,6 +1180,14 @@ class Run:
         except BlockingIOError as reason:
             what = "another process is at work on it; wait until it has ended"
             raise UserError(f"{self.shown}: {what}") from reason
+        except OSError:
+            return  # a file system that has no locks
+
+    def check_still(self, saved: dict) -> None:
+        """Raises UserError where the run has gone on since `saved` was read, before the lock."""
+        path = self.path / "checkpoint.pt"
+        if path.exists() and load_checkpoint(path)["state"] != saved["state"]:
+            raise UserError(f"{self.shown} has gone on meanwhile; --resume it again")
 
     def saving_work(self, state: dict, parts: dict):
         """saving_work() for this run."""
@@ -1233,12 +1257,16 @@ class Run:
             saved[name] = take()
         return saved
 
-    def finish(self, state: dict, returns: list[float]) -> dict:
-        """Write summary.json, with the returns of the evaluation, and say how the run did."""
+    def close(self) -> None:
+        """Close the files, which unlocks the folder."""
         self.bar.close()
         with writing(self.path):
             for file in self.files.values():
                 file.close()
+
+    def finish(self, state: dict, returns: list[float]) -> dict:
+        """Write summary.json, with the returns of the evaluation, and say how the run did."""
+        self.close()
         steps = state["updates"] * self.batch_size
         summary = {
             **self.task,
@@ -1291,11 +1319,14 @@ def check_types(args: Args) -> Args:
         kinds = [kind for kind in allowed if isinstance(kind, type)]
         if float in kinds:
             kinds.append(int)
-        if value not in allowed and not isinstance(value, tuple(kinds)):
-            wanted = getattr(field.type, "__name__", field.type)
+        if not isinstance(value, tuple(kinds)) and not (
+            isinstance(value, str) and value in allowed
+        ):
+            wanted = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            wanted = wanted.removeprefix("typing.")
             raise UserError(f"{field.name} must be {wanted}, not {value!r}")
         plain[field.name] = value
-    return Args(**plain)
+    return replace(args, **plain)
 
 
 def given_flags(argv: list[str]) -> list[str]:

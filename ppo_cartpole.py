@@ -125,10 +125,10 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
             options |= {"vectorization_mode": "sync", "wrappers": [Checked]}
             options["disable_env_checker"] = True  # Checked does that
         envs = gym.make_vec(env_id, num_envs, **options)
-    except Exception as reason:  # an environment may raise anything
-        raise UserError(f"cannot make {args.env_id!r}: {reason}{import_hint(reason)}") from reason
+    except (Exception, SystemExit) as reason:  # an environment may raise anything
+        what = f"cannot make {args.env_id!r}: {type(reason).__name__}: {reason}"
+        raise UserError(what + import_hint(reason)) from reason
     check_spaces(args, envs)
-    check_interface(args, envs)
     return envs
 
 
@@ -500,6 +500,7 @@ def train(args: Args) -> tuple[Agent, dict]:
     args = check_args(args)
     objective = parse_objective(args.objective)
     actors = Actors(args, args.num_envs)
+    check_interface(args, actors.envs)
     state, parts = begin(args, actors, saved)
     agent = parts["agent"]
     gradient_fn = compiled(gradient) if args.compile else gradient
@@ -507,72 +508,72 @@ def train(args: Args) -> tuple[Agent, dict]:
     who = {"seed": args.seed, "objective": args.objective}
     run = Run(args, {"env_id": args.env_id}, who, saved)
 
-    restart = True  # environments cannot be saved: they begin anew after a checkpoint
-    for iteration in range(state["updates"], args.num_updates):
-        # ROLLOUT
-        shape = (args.num_steps, args.num_envs, state["dims"]["num_actions"])
-        with run.saving_work(state, parts):
-            if restart:
-                actors.restart(stream(args.seed, "environments", iteration))
-                num_episodes = 0
-            noise = draw_noise(shape, parts["action_rng"])
-            rollout, episodes = collect(partial(act, agent), actors, noise)
-        check_finite({"obs": rollout["obs"], "rewards": rollout["rewards"]}, iteration + 1)
+    with contextlib.closing(actors), contextlib.closing(run):
+        restart = True  # environments cannot be saved: they begin anew after a checkpoint
+        for iteration in range(state["updates"], args.num_updates):
+            # ROLLOUT
+            shape = (args.num_steps, args.num_envs, state["dims"]["num_actions"])
+            with run.saving_work(state, parts):
+                if restart:
+                    actors.restart(stream(args.seed, "environments", iteration))
+                    num_episodes = 0
+                noise = draw_noise(shape, parts["action_rng"])
+                rollout, episodes = collect(partial(act, agent), actors, noise)
+                check_finite({"obs": rollout["obs"], "rewards": rollout["rewards"]}, iteration + 1)
 
-        # ADVANTAGES
-        rollout = {name: x.to(args.device) for name, x in rollout.items()}
-        terminated = rollout["terminated"]
-        truncated = rollout["truncated"]
-        if not args.bootstrap_truncated:  # a time limit counts as an end
-            terminated = terminated | truncated
-        with torch.no_grad():
-            # no weight has changed since the rollout: these are the old policy's and the old V's
-            values = agent.value(rollout["obs"])
-            log_probs = agent.policy(rollout["obs"][:-1])
-        rewards = rollout["rewards"]
-        advantages = gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
-        batch = {
-            "obs": rollout["obs"][:-1],
-            "actions": rollout["actions"],
-            "log_probs": log_probs,
-            "log_prob": log_prob_of(log_probs, rollout["actions"]),
-            "values": values[:-1],
-            "advantages": advantages,
-            "returns": advantages + values[:-1],  # V_targ: the TD(lambda) return
-            "valid": rollout["valid"],
-        }
-        batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # [T, N, ...] -> [B, ...]
+            # ADVANTAGES
+            rollout = {name: x.to(args.device) for name, x in rollout.items()}
+            terminated = rollout["terminated"]
+            truncated = rollout["truncated"]
+            if not args.bootstrap_truncated:  # a time limit counts as an end
+                terminated = terminated | truncated
+            with torch.no_grad():
+                # no weight has changed since the rollout: these are of the old policy and the old V
+                values = agent.value(rollout["obs"])
+                log_probs = agent.policy(rollout["obs"][:-1])
+            rewards = rollout["rewards"]
+            advantages = gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
+            batch = {
+                "obs": rollout["obs"][:-1],
+                "actions": rollout["actions"],
+                "log_probs": log_probs,
+                "log_prob": log_prob_of(log_probs, rollout["actions"]),
+                "values": values[:-1],
+                "advantages": advantages,
+                "returns": advantages + values[:-1],  # V_targ: the TD(lambda) return
+                "valid": rollout["valid"],
+            }
+            batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # [T, N, ...] -> [B, ...]
 
-        # UPDATE
-        lr = args.learning_rate
-        if args.anneal_lr:  # [detail 4]
-            lr = lr * (1 - iteration / args.num_updates)
-        parts["optimizer"].param_groups[0]["lr"] = lr
-        beta = state["beta"]
-        losses = update(
-            agent=agent,
-            optimizer=parts["optimizer"],
-            batch=batch,
-            objective=objective,
-            beta=beta,
-            args=args,
-            rng=parts["minibatch_rng"],
-            gradient_fn=gradient_fn,
-        )
-        weights = nn.utils.parameters_to_vector(agent.parameters())
-        check_finite(losses | {"weights": weights}, iteration + 1)
-        if objective.kind == "adaptive":
-            state["beta"] = adapt_beta(beta, losses["kl_after_update"], objective)
+            # UPDATE
+            lr = args.learning_rate
+            if args.anneal_lr:  # [detail 4]
+                lr = lr * (1 - iteration / args.num_updates)
+            parts["optimizer"].param_groups[0]["lr"] = lr
+            beta = state["beta"]
+            losses = update(
+                agent=agent,
+                optimizer=parts["optimizer"],
+                batch=batch,
+                objective=objective,
+                beta=beta,
+                args=args,
+                rng=parts["minibatch_rng"],
+                gradient_fn=gradient_fn,
+            )
+            weights = nn.utils.parameters_to_vector(agent.parameters())
+            check_finite(losses | {"weights": weights}, iteration + 1)
+            if objective.kind == "adaptive":
+                state["beta"] = adapt_beta(beta, losses["kl_after_update"], objective)
 
-        # LOG
-        state["updates"] += 1
-        state["transitions"] += int(batch["valid"].sum())
-        run.log(state["updates"], episodes, {"learning_rate": lr, "beta": beta}, losses)
-        num_episodes += len(episodes)
-        restart = checkpoint_due(args, state["updates"], num_episodes)
-        if restart or state["updates"] == args.num_updates:
-            save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
-    actors.close()
+            # LOG
+            state["updates"] += 1
+            state["transitions"] += int(batch["valid"].sum())
+            run.log(state["updates"], episodes, {"learning_rate": lr, "beta": beta}, losses)
+            num_episodes += len(episodes)
+            restart = checkpoint_due(args, state["updates"], num_episodes)
+            if restart or state["updates"] == args.num_updates:
+                save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
     return agent, run.finish(state, evaluate(agent, args, run.path))
 
 
@@ -580,14 +581,14 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
     """The returns of args.eval_episodes episodes, on seeds that training never used.
 
     Greedy actions, or sampled ones with args.sample_actions. Where no time limit is registered,
-    episodes are cut so that the evaluation takes no more steps than the training took.
+    episodes are cut: at 1,000 steps, or so that all together are as long as the training.
     """
     seed = 2**30 + stream(args.seed, "evaluation")
     actors = Actors(args, 1, run_path / "videos" if args.capture_video else None)
     limit = actors.episode_limit or max(1000, args.total_timesteps // args.eval_episodes)
     noise, shape = 0.0, (1, actors.envs.single_action_space.n)
     returns, num_cut = [], 0
-    for episode in range(args.eval_episodes):
+    for episode in tqdm(range(args.eval_episodes), "evaluation", leave=False, disable=None):
         actors.restart(seed + episode)
         rng = torch.Generator().manual_seed(seed + episode)
         ended = []
@@ -728,7 +729,6 @@ def check_interface(args: Args, envs: gym.vector.VectorEnv) -> None:
         return
     env = envs.envs[0]
     space = env.unwrapped.observation_space
-    env.action_space.seed(0)
     for method in ("reset", "step"):
         try:
             if method == "reset":
@@ -737,7 +737,7 @@ def check_interface(args: Args, envs: gym.vector.VectorEnv) -> None:
                 obs, *_ = env.step(env.action_space.sample())
             shape, dtype = np.shape(obs), np.asarray(obs).dtype
         except Exception as reason:  # an environment may raise anything
-            what = f"{args.env_id} breaks Gymnasium's interface in {method}()"
+            what = f"{args.env_id}: the first {method}() failed"
             raise UserError(f"{what}: {type(reason).__name__}: {reason}") from reason
         if shape != space.shape or not np.can_cast(dtype, np.float64, "same_kind"):
             what = f"{args.env_id}: {method}() gives an observation of shape {shape} and {dtype}"
@@ -747,8 +747,8 @@ def check_interface(args: Args, envs: gym.vector.VectorEnv) -> None:
 class Checked(gym.Wrapper):
     """An environment whose harmless departures from Gymnasium's interface are smoothed out.
 
-    Observations may be of another dtype than declared, a reward may be an array of one number, and
-    infos, which nobody reads here, may be anything.
+    Observations may be of another dtype than declared: they pass as float64, and lose nothing. A
+    reward may be an array of one number, and infos, which nobody reads here, may be anything.
     """
 
     def __init__(self, env: gym.Env):
@@ -758,11 +758,15 @@ class Checked(gym.Wrapper):
             self.observation_space = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float64)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        if seed is not None:  # the environment itself may sample from it
+            self.env.unwrapped.action_space.seed(seed)
         try:
-            obs, _ = self.env.reset(seed=seed, options=options)
+            result = self.env.reset(seed=seed, options=options)
         except SystemExit as reason:  # this process would end, as if all were well
             raise RuntimeError(f"reset() calls sys.exit({reason.code})") from reason
-        return obs, {}
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"it must give (observation, info), not {type(result).__name__}")
+        return result[0], {}
 
     def step(self, action) -> tuple:
         try:
@@ -775,7 +779,8 @@ class Checked(gym.Wrapper):
         """A picture [H, W, 3], with even sides: browsers play no mp4 with odd ones."""
         picture = self.env.render()
         if np.ndim(picture) != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
-            raise ValueError(f"render() gives {picture!r:.40}, which is no uint8 [H, W, 3]")
+            what = f"{getattr(picture, 'dtype', type(picture).__name__)} {np.shape(picture)}"
+            raise ValueError(f"render() gives {what}, which is no uint8 [H, W, 3]")
         height, width, _ = picture.shape
         return picture[: height - height % 2, : width - width % 2]
 
@@ -786,10 +791,12 @@ def check_rendering(args: Args) -> None:
     try:
         envs.reset(seed=0)
         envs.render()
-    except Exception as reason:  # no display, driver or package: each raises a type of its own
-        raise UserError(f"cannot render {args.env_id} here: {reason}") from reason
+    except (Exception, SystemExit) as reason:  # no display, driver or package, or anything
+        what = f"cannot render {args.env_id} here: {type(reason).__name__}: {reason}"
+        raise UserError(what) from reason
     finally:
-        envs.close()
+        with contextlib.suppress(Exception):
+            envs.close()
 
 
 def has_compiler() -> bool:
@@ -843,7 +850,7 @@ def check_evaluation(returns: list[float], num_cut: int, limit: int) -> None:
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: evaluate the run of a folder, print it, and write evaluation.json there."""
-    path = Path(args.evaluate).expanduser()
+    path = Path(args.evaluate).expanduser().absolute()
     agent, trained = load_agent(args.evaluate)
     options = {name: getattr(args, name) for name in EVALUATION_FLAGS}
     returns = evaluate(agent, check_args(replace(trained, **options)), path)
@@ -873,7 +880,7 @@ def check_finite(named: dict, update: int) -> None:
     """Raises NonFiniteError, with name and update, unless every number in `named` is finite."""
     for name, x in named.items():
         if not torch.isfinite(torch.as_tensor(x)).all():
-            raise NonFiniteError(f"{name} not finite in update {update}; checkpoints are older")
+            raise NonFiniteError(f"{name} not finite in update {update}")
 
 
 def stream(seed: int, name: str, index: int = 0) -> int:
@@ -1005,13 +1012,17 @@ def saving_work(save: Callable[[], None], generators: list[torch.Generator], whe
     before = [generator.get_state() for generator in generators]
     try:
         yield
-    except Exception as reason:
+    except (Exception, SystemExit) as reason:
         for generator, generator_state in zip(generators, before, strict=True):
             generator.set_state(generator_state)
-        save()
-        kind = NonFiniteError if isinstance(reason, NonFiniteError) else RuntimeError
-        what = f"{where}: {type(reason).__name__}: {reason}"
-        raise kind(f"{what}; --resume goes on from the update before") from reason
+        kept = "what was learned before is saved, --resume goes on there"
+        try:
+            save()
+        except UserError as failure:
+            kept = f"{failure}, so what was learned since the last checkpoint is lost"
+        if isinstance(reason, NonFiniteError):
+            raise NonFiniteError(f"{where}: {reason}; {kept}") from reason
+        raise RuntimeError(f"{where}: {type(reason).__name__}: {reason}; {kept}") from reason
 
 
 def restore(parts: dict, saved: dict) -> None:
@@ -1028,6 +1039,7 @@ class Run:
     """
 
     hide_bar = None  # as tqdm takes it: hide it where there is no terminal
+    own_checkpoint = True  # benchmark/lockstep.py has one for all of its runs
 
     def __init__(self, args: Args, task: dict, who: dict, saved: dict | None):
         self.task = task
@@ -1051,19 +1063,24 @@ class Run:
         self.path = self.shown.absolute()  # an environment may change the working directory
         if args.track:
             call_wandb("login")
+        self.files = {}
         with writing(self.path):
             if not args.resume:
-                self.create_folder()
-            self.files = {}
+                self.make_folder()
             for name in ("metrics.csv", "episodes.csv"):
                 file = open(self.path / name, "r+" if saved else "a+", newline="")  # noqa: SIM115
+                self.files[name] = file
                 self.lock(file)
+            if saved and self.own_checkpoint:
+                self.check_still(saved)
+            for name, file in self.files.items():
                 length = saved["lengths"][name] if saved else 0
                 if file.seek(0, os.SEEK_END) < length:
                     raise UserError(f"{self.shown}/{name} is shorter than at the checkpoint")
                 file.seek(length)
                 file.truncate()  # the rows after the checkpoint will be written again
-                self.files[name] = file
+        if not args.resume:
+            self.write_config()
         self.wandb = None
         if args.track:
             start = (self.path / "config.json").read_bytes()  # names this run, and stays the same
@@ -1076,12 +1093,15 @@ class Run:
             total=steps, initial=done, desc=self.title, unit_scale=True, disable=self.hide_bar
         )
 
-    def create_folder(self) -> None:
-        """A new folder with config.json in it. Raises UserError where the folder is not empty."""
+    def make_folder(self) -> None:
+        """Raises UserError where there is a folder, and it is not empty."""
         self.path.mkdir(parents=True, exist_ok=True)
         if any(self.path.iterdir()):
             what = f"choose another --run-dir, or --resume {self.shown}"
             raise UserError(f"{self.shown} is not empty; {what}")
+
+    def write_config(self) -> None:
+        """What the run is: its flags, and the versions of what it is made with."""
         packages = ("torch", "numpy", "gymnasium", "envpool", "tyro")
         versions = {name: version(name) for name in packages if name in sys.modules}
         config = {
@@ -1101,6 +1121,14 @@ class Run:
         except BlockingIOError as reason:
             what = "another process is at work on it; wait until it has ended"
             raise UserError(f"{self.shown}: {what}") from reason
+        except OSError:
+            return  # a file system that has no locks
+
+    def check_still(self, saved: dict) -> None:
+        """Raises UserError where the run has gone on since `saved` was read, before the lock."""
+        path = self.path / "checkpoint.pt"
+        if path.exists() and load_checkpoint(path)["state"] != saved["state"]:
+            raise UserError(f"{self.shown} has gone on meanwhile; --resume it again")
 
     def saving_work(self, state: dict, parts: dict):
         """saving_work() for this run."""
@@ -1170,12 +1198,16 @@ class Run:
             saved[name] = take()
         return saved
 
-    def finish(self, state: dict, returns: list[float]) -> dict:
-        """Write summary.json, with the returns of the evaluation, and say how the run did."""
+    def close(self) -> None:
+        """Close the files, which unlocks the folder."""
         self.bar.close()
         with writing(self.path):
             for file in self.files.values():
                 file.close()
+
+    def finish(self, state: dict, returns: list[float]) -> dict:
+        """Write summary.json, with the returns of the evaluation, and say how the run did."""
+        self.close()
         steps = state["updates"] * self.batch_size
         summary = {
             **self.task,
@@ -1228,11 +1260,14 @@ def check_types(args: Args) -> Args:
         kinds = [kind for kind in allowed if isinstance(kind, type)]
         if float in kinds:
             kinds.append(int)
-        if value not in allowed and not isinstance(value, tuple(kinds)):
-            wanted = getattr(field.type, "__name__", field.type)
+        if not isinstance(value, tuple(kinds)) and not (
+            isinstance(value, str) and value in allowed
+        ):
+            wanted = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            wanted = wanted.removeprefix("typing.")
             raise UserError(f"{field.name} must be {wanted}, not {value!r}")
         plain[field.name] = value
-    return Args(**plain)
+    return replace(args, **plain)
 
 
 def given_flags(argv: list[str]) -> list[str]:

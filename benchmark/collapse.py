@@ -81,15 +81,15 @@ RENEWAL = """\
             if alive[i]:
                 agent.obs_stats.update(obs[i][:-1][valid[i]])
 """
-LEARNED = "        # LOG\n        bar.update(args.batch_size * count)\n"
+LEARNED = "            # LOG\n            bar.update(args.batch_size * count)\n"
 AFTER = (
     (RENEWAL, ""),
     (
         LEARNED,
         """\
-        for i, batch in enumerate(batches):
-            if alive[i]:
-                agents[i].obs_stats.update(batch["obs"][batch["valid"]])
+            for i, batch in enumerate(batches):
+                if alive[i]:
+                    agents[i].obs_stats.update(batch["obs"][batch["valid"]])
 """
         + LEARNED,
     ),

@@ -19,6 +19,7 @@ be compared in pairs.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -394,6 +395,7 @@ class AgentRun(ppo.Run):
     """The run folder of one agent; the crowd has the progress bar."""
 
     hide_bar = True
+    own_checkpoint = False
 
 
 @ppo.torch_threads(1)
@@ -413,6 +415,7 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     args = crowd[0]
     count = len(crowd)
     actors = Actors(args, args.num_envs * count)
+    ppo.check_interface(args, actors.envs)
     ppo.space_checkpoints(args, actors.episode_limit)
     when = time.strftime("%Y%m%d-%H%M%S")
     name = re.sub("[/:]", "-", f"{args.env_id}__lockstep__{when}-{os.getpid()}")
@@ -452,87 +455,91 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
 
     restart = True
     generators = [mine["action_rng"] for mine in parts]
-    for iteration in range(done, args.num_updates):
-        # ROLLOUT
-        torch.set_num_threads(1)
-        shape = (args.num_steps, args.num_envs, len(actors.low))
-        play = crowd_policy(agents, check=iteration == done)
-        with ppo.saving_work(save, generators, f"{args.env_id}, update {iteration + 1}"):
-            if restart:
-                seeds_now = []
-                for mine in crowd:
-                    first = ppo.stream(mine.seed, "environments", iteration)
-                    seeds_now += range(first, first + args.num_envs)
-                actors.restart(seeds_now)
-                num_episodes = np.zeros(count, int)  # of each agent since the last checkpoint
-            noise = [ppo.draw_noise(shape, mine["action_rng"]) for mine in parts]
-            rollout, episodes = ppo.collect(play, actors, np.concatenate(noise, 1))
-        if iteration == done:
-            obs, actions = split(rollout["obs"], count), split(rollout["actions"], count)
-            for i, agent in enumerate(agents):
-                ppo.check_played(agent, {"obs": obs[i], "actions": actions[i]}, noise[i])
+    with contextlib.ExitStack() as stack:
+        for open_now in (actors, *runs):
+            stack.enter_context(contextlib.closing(open_now))
+        for iteration in range(done, args.num_updates):
+            # ROLLOUT
+            torch.set_num_threads(1)
+            shape = (args.num_steps, args.num_envs, len(actors.low))
+            play = crowd_policy(agents, check=iteration == done)
+            with ppo.saving_work(save, generators, f"{args.env_id}, update {iteration + 1}"):
+                if restart:
+                    seeds_now = []
+                    for mine in crowd:
+                        first = ppo.stream(mine.seed, "environments", iteration)
+                        seeds_now += range(first, first + args.num_envs)
+                    actors.restart(seeds_now)
+                    num_episodes = np.zeros(count, int)  # of each agent since the last checkpoint
+                noise = [ppo.draw_noise(shape, mine["action_rng"]) for mine in parts]
+                rollout, episodes = ppo.collect(play, actors, np.concatenate(noise, 1))
+            if iteration == done:
+                obs, actions = split(rollout["obs"], count), split(rollout["actions"], count)
+                for i, agent in enumerate(agents):
+                    ppo.check_played(agent, {"obs": obs[i], "actions": actions[i]}, noise[i])
 
-        # ADVANTAGES
-        torch.set_num_threads(threads)
-        alive = [state["diverged_at"] is None for state in states]
-        broken = find_broken(rollout, count)
-        for name in ("obs", "rewards"):
-            rollout[name] = rollout[name].nan_to_num(0.0, 0.0, 0.0)  # no NaN in anybody's kernels
-        alive = [alive[i] and i not in broken for i in range(count)]
-        return_stats = [mine["return_stats"] for mine in parts]
-        batches = make_batches(agents, return_stats, actors, rollout, alive, args)
+            # ADVANTAGES
+            torch.set_num_threads(threads)
+            alive = [state["diverged_at"] is None for state in states]
+            broken = find_broken(rollout, count)
+            for name in ("obs", "rewards"):
+                rollout[name] = rollout[name].nan_to_num(
+                    0.0, 0.0, 0.0
+                )  # no NaN in anybody's kernels
+            alive = [alive[i] and i not in broken for i in range(count)]
+            return_stats = [mine["return_stats"] for mine in parts]
+            batches = make_batches(agents, return_stats, actors, rollout, alive, args)
 
-        # UPDATE
-        lr = args.learning_rate
-        if args.anneal_lr:
-            lr = lr * (1 - iteration / args.num_updates)
-        orders = []
-        for mine in parts:
-            order = [torch.randperm(args.batch_size, generator=mine["minibatch_rng"])
-                     for _ in range(args.update_epochs)]  # fmt: skip
-            orders.append(torch.stack(order).to(args.device))
-        metrics, alive = update(
-            steps=steps,
-            agents=agents,
-            optimizers=[mine["optimizer"] for mine in parts],
-            batches=batches,
-            betas=[state["beta"] for state in states],
-            alive=alive,
-            crowd=crowd,
-            orders=orders,
-            lr=lr,
-        )
+            # UPDATE
+            lr = args.learning_rate
+            if args.anneal_lr:
+                lr = lr * (1 - iteration / args.num_updates)
+            orders = []
+            for mine in parts:
+                order = [torch.randperm(args.batch_size, generator=mine["minibatch_rng"])
+                         for _ in range(args.update_epochs)]  # fmt: skip
+                orders.append(torch.stack(order).to(args.device))
+            metrics, alive = update(
+                steps=steps,
+                agents=agents,
+                optimizers=[mine["optimizer"] for mine in parts],
+                batches=batches,
+                betas=[state["beta"] for state in states],
+                alive=alive,
+                crowd=crowd,
+                orders=orders,
+                lr=lr,
+            )
 
-        # LOG
-        bar.update(args.batch_size * count)
-        finished = [[] for _ in crowd]
-        for row, episode_return, length in episodes:
-            t, column = divmod(row, args.num_envs * count)
-            i, actor = divmod(column, args.num_envs)
-            finished[i].append((t * args.num_envs + actor, episode_return, length))
-        for i, state in enumerate(states):
-            beta = state["beta"]
-            std = agents[i].log_std.detach().exp().mean().item()
-            charts = {"learning_rate": lr, "beta": beta, "action_std": std}
-            state["updates"] += 1
-            state["transitions"] += int(batches[i]["valid"].sum())
-            if not alive[i]:
-                metrics[i] = dict.fromkeys(metrics[i])  # empty cells
-                if state["diverged_at"] is None:
-                    state["diverged_at"] = state["updates"] * args.batch_size
-                    what = f"{broken.get(i, 'loss or gradient')} not finite in update"
-                    tqdm.write(f"{what} {state['updates']}: {agent_name(crowd[i])} is frozen")
-            elif crowd[i].objective.startswith("adaptive"):
-                objective = ppo.parse_objective(crowd[i].objective)
-                state["beta"] = ppo.adapt_beta(beta, metrics[i]["kl_after_update"], objective)
-            runs[i].log(state["updates"], finished[i], charts, metrics[i])
-        if not any(alive):
-            raise NonFiniteError(f"no agent is finite after update {iteration + 1}")
-        num_episodes += [len(mine) for mine in finished]
-        restart = ppo.checkpoint_due(args, iteration + 1, num_episodes.min())
-        if restart or iteration + 1 == args.num_updates:
-            save()
-    actors.envs.close()
+            # LOG
+            bar.update(args.batch_size * count)
+            finished = [[] for _ in crowd]
+            for row, episode_return, length in episodes:
+                t, column = divmod(row, args.num_envs * count)
+                i, actor = divmod(column, args.num_envs)
+                finished[i].append((t * args.num_envs + actor, episode_return, length))
+            for i, state in enumerate(states):
+                beta = state["beta"]
+                std = agents[i].log_std.detach().exp().mean().item()
+                charts = {"learning_rate": lr, "beta": beta, "action_std": std}
+                state["updates"] += 1
+                state["transitions"] += int(batches[i]["valid"].sum())
+                if not alive[i]:
+                    metrics[i] = dict.fromkeys(metrics[i])  # empty cells
+                    if state["diverged_at"] is None:
+                        state["diverged_at"] = state["updates"] * args.batch_size
+                        what = f"{broken.get(i, 'loss or gradient')} not finite in update"
+                        tqdm.write(f"{what} {state['updates']}: {agent_name(crowd[i])} is frozen")
+                elif crowd[i].objective.startswith("adaptive"):
+                    objective = ppo.parse_objective(crowd[i].objective)
+                    state["beta"] = ppo.adapt_beta(beta, metrics[i]["kl_after_update"], objective)
+                runs[i].log(state["updates"], finished[i], charts, metrics[i])
+            if not any(alive):
+                raise NonFiniteError(f"no agent is finite after update {iteration + 1}")
+            num_episodes += [len(mine) for mine in finished]
+            restart = ppo.checkpoint_due(args, iteration + 1, num_episodes.min())
+            if restart or iteration + 1 == args.num_updates:
+                save()
     bar.close()
     returns = evaluate(agents, crowd, folder)
     return [run.finish(*rest) for run, *rest in zip(runs, states, returns, strict=True)]

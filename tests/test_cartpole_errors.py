@@ -68,19 +68,19 @@ INTERVALS = {  # and values that are in none
 }
 LINES = {
     # environments
-    "--env-id CartPol-v1": "'CartPol-v1': Environment `CartPol` doesn't exist. Did you mean",
+    "--env-id CartPol-v1": "'CartPol-v1': NameNotFound: Environment `CartPol` doesn't exist. Did",
     "--env-id CartPole-v9": "versioned environments: [ `v0`, `v1` ]",
     "--env-id LunarLanderr-v3": "Did you mean: `LunarLander`?",
     "--env-id Cart*Pole": "Malformed environment ID: Cart*Pole",
-    "--env-id=": "cannot make '': Malformed environment ID",
+    "--env-id=": "cannot make '': Error: Malformed environment ID",
     "--env-id no_such_module:CartPole-v1": "No module named 'no_such_module'; is its folder in PYT",
-    "--env-id a:b:c": "cannot make 'a:b:c': No module named",
+    "--env-id a:b:c": "cannot make 'a:b:c': ModuleNotFoundError: No module named",
     "--env-id Pendulum-v1": "takes Box(-2.0, 2.0, (1,), float32) actions; this script wants",
     "--env-id conftest:ManyActions-v0": "takes MultiDiscrete([2 3]) actions",
     "--env-id FrozenLake-v1": "observes Discrete(16); this script wants",
     "--env-id conftest:Image-v0": "observes Box(0, 255, (8, 8, 3), uint8)",
     "--env-id conftest:Dict-v0": "observes Dict('position'",
-    "--env-id conftest:Broken-v0": "'conftest:Broken-v0': the simulator's licence has run out",
+    "--env-id conftest:Broken-v0": "Broken-v0': RuntimeError: the simulator's licence has run out",
     "--env-id conftest:Lever-v0 --capture-video": "conftest:Lever-v0",
     "--env-id conftest:Blind-v0 --capture-video": "cannot render conftest:Blind-v0 here",
     # objectives
