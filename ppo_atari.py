@@ -18,7 +18,7 @@ things open, which are here as in OpenAI Baselines' ppo2: orthogonal weights, Ad
 advantages standardised within a minibatch, and gradients scaled down to a norm of 0.5.
 
     python ppo_atari.py --total-timesteps 3000000        # Pong: an hour or two on two cores
-    python ppo_atari.py --env-id Breakout-v5 --device cuda --compile
+    python ppo_atari.py --env-id Breakout-v5 --device cuda
     python ppo_atari.py --no-anneal-clip                 # constant clip range, usual since 2019
     torchrun --nproc-per-node 2 ppo_atari.py --num-envs 16
     python ppo_atari.py --evaluate RUN_DIR --capture-video
@@ -29,6 +29,9 @@ rows share a minibatch depends on the number of ranks. Rank 0 writes the run fol
 as many ranks as before for the same bits, and on several nodes a folder that all can read. On
 machines of different kinds, set --precision: each would otherwise choose its own. When one rank
 fails, torchrun ends all of them, adds a report, and exits with code 1.
+
+In bfloat16 the first ratios of an update may differ from 1, where a CPU computes minibatches by
+other kernels than rollouts: on average by less than a hundredth of the clip range.
 """
 
 import contextlib
