@@ -801,6 +801,9 @@ def evaluate(agent: Agent, task: Task, args: Args) -> dict:
     sampled = sample(agent, prompts, args.pass_k, task.max_length, args.temperature, rng)
     returns = verify(task, questions, greedy, 1).flatten()
     right = verify(task, questions, sampled, args.pass_k) == 1
+    if returns.max() > 1:
+        what = f"Task.verify gave {returns.max():g}; only answers with a reward of 1 count as right"
+        print(f"note: {what}", file=sys.stderr)
     answers = task.decode(greedy["tokens"][:4], greedy["mask"][:4])
     examples = []
     for question, answer, reward in zip(questions, answers, returns, strict=False):
@@ -1152,15 +1155,15 @@ def load_resumed(args: Args) -> tuple[Args, dict | None]:
     args: Args(resume=RUN_DIR) alone, or load_run(RUN_DIR)[0], in which what RESUME_FLAGS names may
     have changed. Raises UserError for anything else.
     """
-    own, saved = load_run(args.resume)
+    run_args, saved = load_run(args.resume)
     if args == Args(resume=args.resume):
-        args = own
-    allowed = {name: getattr(args, name) for name in RESUME_FLAGS}
-    if args != replace(own, **allowed):
+        args = run_args
+    changes = {name: getattr(args, name) for name in RESUME_FLAGS}
+    if args != replace(run_args, **changes):
         what = "Args(resume=RUN_DIR) stands alone, since config.json has the other flags"
         raise UserError(f"{what}; to change {' or '.join(RESUME_FLAGS)}, use load_run(RUN_DIR)[0]")
-    if args != own:
-        what = f"{args.resume} goes on with {', '.join(f'{k} {x}' for k, x in allowed.items())}"
+    if args != run_args:
+        what = f"{args.resume} goes on with {', '.join(f'{k} {x}' for k, x in changes.items())}"
         print(f"note: {what}; the last bits may come out otherwise", file=sys.stderr)
     if saved is None:
         print(f"note: {args.resume} has no checkpoint and starts over", file=sys.stderr)
@@ -1426,9 +1429,8 @@ def check_types(args: Args) -> Args:
         kinds = [kind for kind in allowed if isinstance(kind, type)]
         if float in kinds:
             kinds.append(int)
-        if not isinstance(value, tuple(kinds)) and not (
-            isinstance(value, str) and value in allowed
-        ):
+        is_word = isinstance(value, str) and value in allowed
+        if not is_word and not isinstance(value, tuple(kinds)):
             wanted = field.type.__name__ if isinstance(field.type, type) else str(field.type)
             wanted = wanted.removeprefix("typing.")
             raise UserError(f"{field.name} must be {wanted}, not {value!r}")
@@ -1437,15 +1439,20 @@ def check_types(args: Args) -> Args:
 
 
 def given_flags(argv: list[str]) -> list[str]:
-    """The names of the flags that are given. Raises UserError for one that cannot stand there."""
+    """The names of the flags on a command line.
+
+    Raises UserError for a switch with a value, and for what cannot stand beside --resume or
+    --evaluate.
+    """
     given = {}
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+    truths = ("true", "false", "yes", "no", "on", "off", "1", "0")
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):  # each with the word after it
         flag, attached, _ = word.partition("=")
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
         if flag.startswith("--"):
             given[name] = flag
-        switch = isinstance(getattr(Args, name, None), bool)
-        if switch and (attached or following.lower() in ("true", "false", "yes", "no", "1", "0")):
+        is_switch = isinstance(getattr(Args, name, None), bool)
+        if is_switch and (attached or following.lower() in truths):
             name = name.replace("_", "-")
             raise UserError(f"{flag} takes no value: it is --{name} or --no-{name}")
     for alone, allowed in (("resume", RESUME_FLAGS), ("evaluate", EVALUATION_FLAGS)):

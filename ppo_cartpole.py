@@ -721,20 +721,22 @@ def check_spaces(args: Args, envs: gym.vector.VectorEnv) -> None:
 
 
 def check_interface(args: Args, envs: gym.vector.VectorEnv) -> None:
-    """Raises UserError where an environment breaks Gymnasium's interface: a reset and a step tell.
+    """Raises UserError where an environment breaks Gymnasium's interface.
 
-    A vector environment that is not made of single ones is trusted.
+    The first of them is reset, and takes a random step. A vector environment that is not made of
+    single ones is trusted.
     """
     if not isinstance(envs, gym.vector.SyncVectorEnv):
         return
     env = envs.envs[0]
     space = env.unwrapped.observation_space
-    for method in ("reset", "step"):
+    calls = {
+        "reset": lambda: env.reset(seed=0),
+        "step": lambda: env.step(env.action_space.sample()),
+    }
+    for method, call in calls.items():
         try:
-            if method == "reset":
-                obs, _ = env.reset(seed=0)
-            else:
-                obs, *_ = env.step(env.action_space.sample())
+            obs = call()[0]
             shape, dtype = np.shape(obs), np.asarray(obs).dtype
         except Exception as reason:  # an environment may raise anything
             what = f"{args.env_id}: the first {method}() failed"
@@ -747,8 +749,8 @@ def check_interface(args: Args, envs: gym.vector.VectorEnv) -> None:
 class Checked(gym.Wrapper):
     """An environment whose harmless departures from Gymnasium's interface are smoothed out.
 
-    Observations may be of another dtype than declared: they pass as float64, and lose nothing. A
-    reward may be an array of one number, and infos, which nobody reads here, may be anything.
+    An observation may be of another dtype than declared: vectors pass as float64, and lose nothing.
+    A reward may be an array of one number. Infos, which nobody reads here, may be anything.
     """
 
     def __init__(self, env: gym.Env):
@@ -813,7 +815,7 @@ def space_checkpoints(args: Args, episode_limit: int | None) -> None:
     """Fill in --checkpoint-every, so that 50 full episodes lie between two checkpoints.
 
     After a checkpoint every run, resumed or not, restarts its environments, and episodes are cut
-    short there. Where no time limit is registered, see checkpoint_due().
+    short there. Where no time limit is registered, it stays 0, and checkpoint_due() counts.
     """
     if episode_limit is None:
         return
@@ -827,10 +829,10 @@ def space_checkpoints(args: Args, episode_limit: int | None) -> None:
 
 
 def checkpoint_due(args: Args, updates: int, num_episodes: int) -> bool:
-    """Whether a checkpoint follows this update: every --checkpoint-every updates.
+    """Whether a checkpoint follows this update. No clock decides, or the bits would differ.
 
-    Where that is 0 to the end, after 50 episodes of each actor: num_episodes are those since the
-    last checkpoint. A long run has ten in any case. No clock decides, or the bits would differ.
+    If --checkpoint-every is 0, the actors must have ended 50 episodes each since the last one;
+    num_episodes is their sum. A long run has ten checkpoints in any case.
     """
     if args.checkpoint_every > 0:
         return updates % args.checkpoint_every == 0
@@ -986,15 +988,15 @@ def load_resumed(args: Args) -> tuple[Args, dict | None]:
     args: Args(resume=RUN_DIR) alone, or load_run(RUN_DIR)[0], in which what RESUME_FLAGS names may
     have changed. Raises UserError for anything else.
     """
-    own, saved = load_run(args.resume)
+    run_args, saved = load_run(args.resume)
     if args == Args(resume=args.resume):
-        args = own
-    allowed = {name: getattr(args, name) for name in RESUME_FLAGS}
-    if args != replace(own, **allowed):
+        args = run_args
+    changes = {name: getattr(args, name) for name in RESUME_FLAGS}
+    if args != replace(run_args, **changes):
         what = "Args(resume=RUN_DIR) stands alone, since config.json has the other flags"
         raise UserError(f"{what}; to change {' or '.join(RESUME_FLAGS)}, use load_run(RUN_DIR)[0]")
-    if args != own:
-        what = f"{args.resume} goes on with {', '.join(f'{k} {x}' for k, x in allowed.items())}"
+    if args != run_args:
+        what = f"{args.resume} goes on with {', '.join(f'{k} {x}' for k, x in changes.items())}"
         print(f"note: {what}; the last bits may come out otherwise", file=sys.stderr)
     if saved is None:
         print(f"note: {args.resume} has no checkpoint and starts over", file=sys.stderr)
@@ -1260,9 +1262,8 @@ def check_types(args: Args) -> Args:
         kinds = [kind for kind in allowed if isinstance(kind, type)]
         if float in kinds:
             kinds.append(int)
-        if not isinstance(value, tuple(kinds)) and not (
-            isinstance(value, str) and value in allowed
-        ):
+        is_word = isinstance(value, str) and value in allowed
+        if not is_word and not isinstance(value, tuple(kinds)):
             wanted = field.type.__name__ if isinstance(field.type, type) else str(field.type)
             wanted = wanted.removeprefix("typing.")
             raise UserError(f"{field.name} must be {wanted}, not {value!r}")
@@ -1271,15 +1272,20 @@ def check_types(args: Args) -> Args:
 
 
 def given_flags(argv: list[str]) -> list[str]:
-    """The names of the flags that are given. Raises UserError for one that cannot stand there."""
+    """The names of the flags on a command line.
+
+    Raises UserError for a switch with a value, and for what cannot stand beside --resume or
+    --evaluate.
+    """
     given = {}
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+    truths = ("true", "false", "yes", "no", "on", "off", "1", "0")
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):  # each with the word after it
         flag, attached, _ = word.partition("=")
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
         if flag.startswith("--"):
             given[name] = flag
-        switch = isinstance(getattr(Args, name, None), bool)
-        if switch and (attached or following.lower() in ("true", "false", "yes", "no", "1", "0")):
+        is_switch = isinstance(getattr(Args, name, None), bool)
+        if is_switch and (attached or following.lower() in truths):
             name = name.replace("_", "-")
             raise UserError(f"{flag} takes no value: it is --{name} or --no-{name}")
     for alone, allowed in (("resume", RESUME_FLAGS), ("evaluate", EVALUATION_FLAGS)):

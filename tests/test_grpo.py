@@ -1234,6 +1234,12 @@ def test_a_held_out_question_that_is_trained_on_is_noted(monkeypatch, tmp_path, 
     assert capsys.readouterr().out.startswith(note)
 
 
+def test_points_above_1_are_told_to_be_no_right_answers(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    grpo.train(quick(total_timesteps=8), count_task(**gives(10)))
+    assert "note: Task.verify gave 10; only answers with a reward of 1" in capsys.readouterr().err
+
+
 FLAGS_OF_A_NOTEBOOK = {
     r"ratio must be Literal\[.*\], not 'tokens'": {"ratio": "tokens"},
     r"loss_agg must be Literal\[.*\], not None": {"loss_agg": None},

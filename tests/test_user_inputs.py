@@ -3,6 +3,7 @@
 Every test runs ppo_cartpole.py and ppo_continuous.py, unless it is about one of them.
 """
 
+import errno
 import json
 import os
 import random
@@ -379,6 +380,43 @@ def test_a_folder_belongs_to_one_process_at_a_time(run, main, tmp_path):
     assert err == ["error: run: another process is at work on it; wait until it has ended"]
     assert (tmp_path / "run/metrics.csv").read_bytes() == before
     assert main("--resume", "run").code == 0
+
+
+def test_after_an_error_another_process_may_have_the_folder(run, tmp_path):
+    """While this one lives on, as a notebook does, and holds the exception."""
+    take = "import fcntl; fcntl.lockf(open('run/metrics.csv', 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    with pytest.raises(RuntimeError) as kept:
+        run("Lost")
+    assert subprocess.run([sys.executable, "-c", take], cwd=tmp_path).returncode == 0
+    assert kept.value is not None
+
+
+def test_a_run_that_went_on_between_reading_and_locking_is_left_alone(run, script, tmp_path):
+    assert run("Good").code == 0
+    args, saved = script.load_run(str(tmp_path / "run"))
+    before = (tmp_path / "run/metrics.csv").read_bytes()
+    saved["state"]["updates"] = 3  # as it was when this process read it
+    with pytest.raises(script.UserError, match="has gone on meanwhile; --resume it again"):
+        script.Run(args, {"env_id": args.env_id}, {}, saved)
+    assert (tmp_path / "run/metrics.csv").read_bytes() == before
+
+
+def test_a_file_system_without_locks_does(run, script, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(script.fcntl, "lockf", refuse)
+    assert run("Good").code == 0
+
+
+def test_where_nothing_can_be_saved_the_first_error_is_still_told(run, script, monkeypatch):
+    def full(*_):
+        raise script.UserError("cannot write to checkpoint.pt: No space left on device")
+
+    monkeypatch.setattr(script, "save_checkpoint", full)
+    said = "ConnectionResetError: .*No space left on device, so what was learned .* is lost"
+    with pytest.raises(RuntimeError, match=f"(?s){said}"):
+        run("Lost")
 
 
 def test_where_no_time_limit_is_registered_checkpoints_follow_the_episodes(
