@@ -192,7 +192,7 @@ def gaussian(crowd: list[ppo.Args]) -> list[list[float]]:
     torch.set_num_threads(1)  # as in the script: the bits of initial weights depend on it
     actors = ppo.Actors(crowd[0], 1)
     agents = [ppo.begin(args, actors, None)[1]["agent"] for args in crowd]
-    actors.envs.close()
+    actors.close()
     return lockstep.evaluate(agents, crowd, Path())
 
 
@@ -214,7 +214,7 @@ def uniform(crowd: list[ppo.Args]) -> list[list[float]]:
         *_, ended = actors.step(actions.astype(space.dtype))
         for i, episode_return, _ in ended:
             returns.setdefault(i, episode_return)
-    actors.envs.close()
+    actors.close()
     return np.reshape([returns[i] for i in range(actors.num_envs)], (len(crowd), -1)).tolist()
 
 

@@ -398,7 +398,7 @@ class AgentRun(ppo.Run):
     own_checkpoint = False
 
 
-@ppo.torch_threads(1)
+@ppo.torch_threads(1)  # as in the script: the bits of weights and rollouts depend on it
 def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     """Algorithm 1 for all agents, then the evaluation. Returns the summaries of the agents.
 
@@ -422,7 +422,6 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     folder = Path(args.run_dir or f"runs/{name}").expanduser().absolute()
     if args.resume is None:
         make_folder(folder, args, seeds, objectives)
-    torch.set_num_threads(1)  # as in the script: the bits of weights and rollouts depend on it
     states, parts, runs = [], [], []
     for i, mine in enumerate(crowd):
         path = folder / agent_name(mine)
@@ -483,9 +482,8 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
             alive = [state["diverged_at"] is None for state in states]
             broken = find_broken(rollout, count)
             for name in ("obs", "rewards"):
-                rollout[name] = rollout[name].nan_to_num(
-                    0.0, 0.0, 0.0
-                )  # no NaN in anybody's kernels
+                # no NaN in anybody's kernels
+                rollout[name] = rollout[name].nan_to_num(0.0, 0.0, 0.0)
             alive = [alive[i] and i not in broken for i in range(count)]
             return_stats = [mine["return_stats"] for mine in parts]
             batches = make_batches(agents, return_stats, actors, rollout, alive, args)
@@ -575,7 +573,7 @@ def evaluate(agents: list[Agent], crowd: list[Args], folder: Path) -> list[list[
         played = play_once(play, actors, seeds, limit, args.sample_actions)
         for i, mine in enumerate(returns):
             mine += played[i * together : (i + 1) * together]
-    actors.envs.close()
+    actors.close()
     for mine in returns:
         ppo.check_evaluation(mine, 0, limit)  # how many were cut is not counted here
     return [mine[: args.eval_episodes] for mine in returns]
@@ -628,15 +626,12 @@ def make_folder(folder: Path, args: Args, seeds: list[int], objectives: list[str
         "objectives": list(objectives),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
-    try:
+    with ppo.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             what = f"choose another --run-dir, or --resume {folder}"
             raise UserError(f"{folder} is not empty; {what}")
-        ppo.write_file(folder / "config.json", ppo.to_json(config))
-    except OSError as reason:
-        where = reason.filename or folder
-        raise UserError(f"cannot write to {where}: {reason.strerror}") from reason
+    ppo.write_file(folder / "config.json", ppo.to_json(config))
 
 
 def load_run(run_dir: str) -> tuple[Args, list[int], list[str], dict | None]:
