@@ -94,62 +94,72 @@ def gradient_step(
     kind: str,
     learner: dict,
     buffers: Batch,
-    batch: Batch,
-    rows: Tensor,
+    minibatch: Batch,
+    corrections: tuple[Tensor, Tensor],
     epsilon: Tensor,
     beta: Tensor,
     lr: Tensor,
 ) -> dict:
     """A minibatch step of ONE agent: the script's gradient(), then Adam (Kingma and Ba 2015).
 
-    learner: weights; Adam's m, v and step count t; sums of the metrics over the steps taken;
+    learner: weights [P], one vector; Adam's m, v [P] and its step count t; sums of the metrics;
     active: whether to take this step; finite: whether all numbers were so far. A step that is not
-    taken, or is not finite, changes nothing.
+    taken, or is not finite, changes nothing. corrections: bias_corrections() of this step.
     """
     args = terms.args
-    minibatch = {name: x[rows] for name, x in batch.items()}
     valid = minibatch["valid"]
     if args.norm_adv == "minibatch":
-        minibatch["advantages"] = standardise(minibatch["advantages"], valid)
+        minibatch = minibatch | {"advantages": standardise(minibatch["advantages"], valid)}
     objective = Objective(kind, epsilon=epsilon)
 
     def loss(weights):  # no annotation: torch.compile would run it, and stop there
-        each = functional_call(terms, (weights, buffers), (minibatch, objective, beta))
+        named = by_name(terms, weights)
+        each = functional_call(terms, (named, buffers), (minibatch, objective, beta))
         means = {name: mean_of(term, valid) for name, term in each.items()}
         return ppo.total_loss(means, args), means
 
     gradient, metrics = torch.func.grad(loss, has_aux=True)(learner["weights"])
-    norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
+    norm = gradient.norm()
     metrics["grad_norm"] = norm
     finite = torch.stack([norm, metrics["policy_loss"], metrics["value_loss"]]).isfinite().all()
     wanted = learner["active"] & (valid.sum() > 1)
     taken = wanted & finite
 
-    shrink = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
-    t = learner["t"] + 1
-    new = {"weights": {}, "m": {}, "v": {}, "sums": {}}
-    for name, g in gradient.items():
-        g = g * shrink
-        new["m"][name] = 0.9 * learner["m"][name] + 0.1 * g
-        new["v"][name] = 0.999 * learner["v"][name] + 0.001 * g.square()
-        spread = (new["v"][name] / (1 - 0.999**t)).sqrt() + 1e-5
-        step = lr * new["m"][name] / (1 - 0.9**t) / spread
-        new["weights"][name] = learner["weights"][name] - step
+    gradient = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    bias_m, bias_v = corrections
+    m = 0.9 * learner["m"] + 0.1 * gradient
+    v = 0.999 * learner["v"] + 0.001 * gradient.square()
+    step = lr * (m / bias_m) / ((v / bias_v).sqrt() + 1e-5)
     metrics["steps"] = torch.ones_like(norm)
-    for name, total in learner["sums"].items():
-        new["sums"][name] = total + metrics[name]
-
     # the order of names is that of `learner`, or torch.compile would take it for another program
-    result = {}
-    for part in ("weights", "m", "v"):
-        old = learner[part]
-        result[part] = {name: torch.where(taken, new[part][name], old[name]) for name in old}
-    result["t"] = torch.where(taken, t, learner["t"])
-    result["active"] = learner["active"] & (finite | ~wanted)
-    result["finite"] = learner["finite"] & (finite | ~wanted)
-    sums = learner["sums"]
-    result["sums"] = {name: torch.where(taken, new["sums"][name], sums[name]) for name in sums}
+    result = {
+        "weights": torch.where(taken, learner["weights"] - step, learner["weights"]),
+        "m": torch.where(taken, m, learner["m"]),
+        "v": torch.where(taken, v, learner["v"]),
+        "t": torch.where(taken, learner["t"] + 1, learner["t"]),
+        "active": learner["active"] & (finite | ~wanted),
+        "finite": learner["finite"] & (finite | ~wanted),
+        "sums": {},
+    }
+    for name, total in learner["sums"].items():
+        result["sums"][name] = torch.where(taken, total + metrics[name], total)
     return result
+
+
+def by_name(terms: LossTerms, weights: Tensor) -> Batch:
+    """The vector of all weights [P] -> the weights of `terms` by name, views of it."""
+    parts = weights.split([parameter.numel() for parameter in terms.parameters()])
+    named = zip(terms.named_parameters(), parts, strict=True)
+    return {name: part.view_as(parameter) for (name, parameter), part in named}
+
+
+def bias_corrections(t: Tensor) -> tuple[Tensor, Tensor]:
+    """What Adam divides m and v by in the step after t steps; t [A].
+
+    Computed once, out here: in the compiled step, every loop would take both powers again.
+    """
+    t = t.double() + 1
+    return (1 - 0.9**t).float(), (1 - 0.999**t).float()
 
 
 def make_steps(agents: list[Agent], crowd: list[Args], compiling: bool) -> dict[str, Callable]:
@@ -176,36 +186,28 @@ def stack(parts: list[Batch]) -> Batch:
     return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
 
-def named_weights(agent: Agent) -> Batch:
-    """Weights by the names that LossTerms gives them."""
-    return {f"agent.{name}": weight.detach() for name, weight in agent.named_parameters()}
+def learner_of(optimizer: torch.optim.Adam) -> Batch:
+    """Weights, Adam's two averages [P] and the number of its steps; zeros before the first."""
+    (weights,) = optimizer.param_groups[0]["params"]
+    state = optimizer.state[weights]
+    return {
+        "weights": weights.detach(),
+        "m": state.get("exp_avg", torch.zeros_like(weights)),
+        "v": state.get("exp_avg_sq", torch.zeros_like(weights)),
+        "t": state.get("step", torch.zeros((), device=weights.device)),
+    }
 
 
-def named_moments(agent: Agent, optimizer: torch.optim.Adam, moment: str) -> Batch:
-    """Adam's exp_avg or exp_avg_sq of every weight; zeros before the first step."""
-    moments = {}
-    for name, weight in agent.named_parameters():
-        state = optimizer.state[weight]
-        moments[f"agent.{name}"] = state.get(moment, torch.zeros_like(weight))
-    return moments
-
-
-def steps_taken(agent: Agent, optimizer: torch.optim.Adam) -> Tensor:
-    """How many steps an agent's Adam has taken."""
-    state = optimizer.state[agent.log_std]
-    return state.get("step", torch.zeros_like(agent.log_std[0]))
-
-
-def put_back(agent: Agent, optimizer: torch.optim.Adam, learner: dict, i: int) -> None:
-    """Agent i of the stacked `learner` into the agent's and the optimiser's own tensors."""
+def put_back(optimizer: torch.optim.Adam, learner: dict, i: int) -> None:
+    """Agent i of the stacked `learner` into the optimiser's tensors, of which its own are views."""
+    (weights,) = optimizer.param_groups[0]["params"]
     with torch.no_grad():
-        for name, weight in agent.named_parameters():
-            weight.copy_(learner["weights"][f"agent.{name}"][i])
-            optimizer.state[weight] = {
-                "step": learner["t"][i].clone(),
-                "exp_avg": learner["m"][f"agent.{name}"][i].clone(),
-                "exp_avg_sq": learner["v"][f"agent.{name}"][i].clone(),
-            }
+        weights.copy_(learner["weights"][i])
+    optimizer.state[weights] = {
+        "step": learner["t"][i].clone(),
+        "exp_avg": learner["m"][i].clone(),
+        "exp_avg_sq": learner["v"][i].clone(),
+    }
 
 
 def update(
@@ -235,12 +237,8 @@ def update(
             batch["advantages"] = advantages
     for kind, step in steps.items():
         members = [i for i, args in enumerate(crowd) if kind_of(args) == kind]
-        pairs = [(agents[i], optimizers[i]) for i in members]
-        learner = {
-            "weights": stack([named_weights(agent) for agent, _ in pairs]),
-            "m": stack([named_moments(*pair, "exp_avg") for pair in pairs]),
-            "v": stack([named_moments(*pair, "exp_avg_sq") for pair in pairs]),
-            "t": torch.stack([steps_taken(*pair) for pair in pairs]),
+        learner = stack([learner_of(optimizers[i]) for i in members])
+        learner |= {
             "active": torch.tensor([alive[i] for i in members], device=device),
             "finite": torch.tensor([alive[i] for i in members], device=device),
             "sums": zero_sums(agents[0], batches[0], crowd[0], len(members)),
@@ -249,7 +247,7 @@ def update(
         learner = update_group(
             step=step,
             learner=learner,
-            buffers=stack([dict(LossTerms(agent, crowd[0]).named_buffers()) for agent, _ in pairs]),
+            buffers=stack([dict(LossTerms(agents[i], crowd[0]).named_buffers()) for i in members]),
             batch=stack([batches[i] for i in members]),
             orders=torch.stack([orders[i] for i in members]),
             epsilon=torch.tensor(epsilons, device=device),
@@ -258,7 +256,7 @@ def update(
             args=crowd[0],
         )
         for place, i in enumerate(members):
-            put_back(agents[i], optimizers[i], learner, place)
+            put_back(optimizers[i], learner, place)
             alive[i] = bool(learner["finite"][place])
             for name, total in learner["sums"].items():
                 if name != "steps":
@@ -276,12 +274,24 @@ def zero_sums(agent: Agent, batch: Batch, args: Args, agents: int) -> Batch:
     return {name: torch.zeros(agents, device=device) for name in (*terms, "grad_norm", "steps")}
 
 
+def shuffle(batch: Batch, order: Tensor) -> Batch:
+    """The rows of every agent, x [A, B, ...], in its own order [A, B]."""
+    first = torch.arange(len(order), device=order.device).unsqueeze(1) * order.shape[1]
+    rows = (first + order).flatten()  # one index_select() is several times as fast as x[i, order]
+    shuffled = {name: x.flatten(0, 1).index_select(0, rows) for name, x in batch.items()}
+    return {name: x.unflatten(0, order.shape) for name, x in shuffled.items()}
+
+
 def update_group(step, learner, buffers, batch, orders, epsilon, beta, lr, args) -> dict:
     """K epochs of minibatch steps of the agents of a kind, [A, ...] each; the new learner."""
     for epoch in range(args.update_epochs):
         before = learner["sums"]
-        for rows in orders[:, epoch].chunk(args.num_minibatches, 1):
-            learner = step(learner, buffers, batch, rows.contiguous(), epsilon, beta, lr)
+        shuffled = shuffle(batch, orders[:, epoch])
+        chunks = {name: x.chunk(args.num_minibatches, 1) for name, x in shuffled.items()}
+        for i in range(len(chunks["valid"])):
+            minibatch = {name: parts[i] for name, parts in chunks.items()}
+            corrections = bias_corrections(learner["t"])
+            learner = step(learner, buffers, minibatch, corrections, epsilon, beta, lr)
         if args.target_kl is not None:
             steps = learner["sums"]["steps"] - before["steps"]
             approx_kl = (learner["sums"]["approx_kl"] - before["approx_kl"]) / steps
@@ -497,17 +507,19 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
                 order = [torch.randperm(args.batch_size, generator=mine["minibatch_rng"])
                          for _ in range(args.update_epochs)]  # fmt: skip
                 orders.append(torch.stack(order).to(args.device))
-            metrics, alive = update(
-                steps=steps,
-                agents=agents,
-                optimizers=[mine["optimizer"] for mine in parts],
-                batches=batches,
-                betas=[state["beta"] for state in states],
-                alive=alive,
-                crowd=crowd,
-                orders=orders,
-                lr=lr,
-            )
+            # the first update has compiled all there is: no more checks whether that still fits
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=iteration > done):
+                metrics, alive = update(
+                    steps=steps,
+                    agents=agents,
+                    optimizers=[mine["optimizer"] for mine in parts],
+                    batches=batches,
+                    betas=[state["beta"] for state in states],
+                    alive=alive,
+                    crowd=crowd,
+                    orders=orders,
+                    lr=lr,
+                )
 
             # LOG
             bar.update(args.batch_size * count)

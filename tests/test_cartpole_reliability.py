@@ -512,10 +512,10 @@ def test_a_loss_a_gradient_or_a_weight_that_is_none_stops_the_run(
     def gradient(agent, minibatch, *rest):
         if len(updates) == 4 and source == "policy_loss":
             minibatch = minibatch | {"advantages": minibatch["advantages"] * math.nan}
-        metrics = real_gradient(agent, minibatch, *rest)
+        grad, metrics = real_gradient(agent, minibatch, *rest)
         if len(updates) == 4 and source == "grad_norm":
             metrics["grad_norm"] = torch.tensor(math.inf)
-        return metrics
+        return grad, metrics
 
     def update(agent, **rest):
         metrics = real_update(agent=agent, **rest)

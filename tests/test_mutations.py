@@ -315,7 +315,7 @@ def check_flat_side(script) -> None:
 
 EVERY = ("ppo_cartpole", "ppo_continuous", "ppo_atari")
 TWO = ("ppo_cartpole", "ppo_continuous")
-STRIKE = "            rows = rows[valid[rows]]  # reset steps are no transitions\n"
+STRIKE = 'rows[batch["valid"][rows]] for rows in order'
 # what was done wrong: the text, the wrong one, the check that fails, the scripts
 MISTAKES = {
     "policy and value term swapped": (
@@ -374,7 +374,7 @@ MISTAKES = {
         checks.check_adapt_beta,
         EVERY,
     ),
-    "reset rows kept": (STRIKE, "", checks.check_resets, TWO),
+    "reset rows kept": (STRIKE, "rows for rows in order", checks.check_resets, TWO),
     "rows drawn with replacement": (
         "torch.randperm(len(valid), generator=rng)",
         "torch.randint(len(valid), (len(valid),), generator=rng)",
