@@ -507,27 +507,19 @@ def gradient(agent: Agent, minibatch: dict, objective: Objective, beta, args: Ar
     # not loss.backward(), which torch.compile cannot trace
     grads = torch.autograd.grad(total_loss(means, args), list(agent.parameters()))
     grad = torch.cat([each.flatten() for each in grads])
-    norm = grad.norm()
-    grad = grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # [detail 11]
-    means["grad_norm"] = norm
-    return grad, {name: mean.detach() for name, mean in means.items()}
+    means["grad_norm"] = grad.norm()
+    shrink = (args.max_grad_norm / (means["grad_norm"] + 1e-6)).clamp(max=1)  # [detail 11]
+    return shrink * grad, {name: mean.detach() for name, mean in means.items()}
 
 
 def split_batch(batch: dict, order: Tensor, num_minibatches: int) -> list[dict]:
-    """The minibatches of an epoch: all rows once, in this order.  [detail 6]
-
-    Reset steps are no transitions: their rows are struck out, so minibatches differ in size.
-    """
+    """The minibatches of an epoch: every row once, in this order, no reset steps.  [detail 6]"""
     parts = [rows[batch["valid"][rows]] for rows in order.chunk(num_minibatches)]
-    # too few rows to standardise are left out; check_args sees to it that this is rare
-    parts = [rows for rows in parts if len(rows) > 1]
-    rows, sizes = torch.cat(parts), [len(rows) for rows in parts]
-    # sorted once and then cut: for each minibatch anew, this would take three times as long
+    parts = [rows for rows in parts if len(rows) > 1]  # fewer cannot be standardised
+    sizes = [len(rows) for rows in parts]
+    rows = torch.cat(parts)  # sorted at once and then cut: faster than for each minibatch anew
     pieces = {name: x.index_select(0, rows).split(sizes) for name, x in batch.items()}
-    minibatches = []
-    for i in range(len(sizes)):
-        minibatches.append({name: x[i] for name, x in pieces.items()})
-    return minibatches
+    return [{name: x[i] for name, x in pieces.items()} for i in range(len(sizes))]
 
 
 def update(agent, optimizer, batch, objective, beta, args, rng, gradient_fn=gradient) -> dict:
@@ -588,10 +580,7 @@ def torch_threads(count: int):
 
 
 def one_vector(agent: Agent) -> nn.Parameter:
-    """All weights of the agent, one vector [P]; the agent's own tensors become views of it.
-
-    For networks this small, Adam's step on thirteen tensors takes four times as long as on one.
-    """
+    """All weights, one vector [P]; the agent's own become views of it. Adam is faster so."""
     weights = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(weights, agent.parameters())
     return nn.Parameter(weights)

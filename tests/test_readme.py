@@ -180,7 +180,7 @@ def test_the_details_stand_where_the_table_says_and_the_numbers_are_the_committe
     assert [int(n) for n, _ in rows] == list(range(1, 14))
 
 
-LIMITS = {"ppo_cartpole": 525, "ppo_continuous": 630, "ppo_atari": 700}
+LIMITS = {"ppo_cartpole": 540, "ppo_continuous": 645, "ppo_atari": 700}
 
 
 @pytest.mark.parametrize("script", LIMITS)
