@@ -1,0 +1,352 @@
+"""The defaults of ppo_continuous.py on MuJoCo: which settings earn their place?
+
+    python benchmark/defaults.py --search      # what is missing of the search
+    python benchmark/defaults.py               # what is missing of the final runs
+    python benchmark/defaults.py --report      # the report alone, from the CSVs
+
+The search starts from a centre and changes one thing at a time, on four tasks and seeds 1 to 6. It
+also goes back from the centre to the defaults of before, in two steps. The winner is what
+`--preset modern` says today. The final runs show it on all seven tasks with seeds 101 to 110, which
+chose nothing.
+
+Every command names all that the search changes, so that it means the same whatever the defaults
+are. Where no flag does, a worker changes the text of the script, as benchmark/collapse.py does.
+
+Results are benchmark/results/defaults/: search/ and final/ with runs.csv and curves.csv of all
+runs, random.csv, and summary.md for both. To run again what is committed: --results mine.
+"""
+
+import itertools
+import sys
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark import (
+    Parser,
+    UserError,
+    cli,
+    collapse,
+    grids,
+    markdown,
+    number,
+    plot,
+    positive,
+    scores,
+    sweep,
+)
+from benchmark.grids import TASKS, Grid
+from benchmark.sweep import Call, Layout, Table
+
+RESULTS = sweep.ROOT / "benchmark/results/defaults"
+PUBLIC = sweep.ROOT / "benchmark/paper/mujoco_1m.csv"
+CHEETAH = "HalfCheetah-v4"
+SEARCHED = [CHEETAH, "Walker2d-v4", "Swimmer-v4", "InvertedDoublePendulum-v4"]
+SEARCH_SEEDS = range(1, 7)
+FINAL_SEEDS = range(101, 111)
+PLATEAU = 2500  # of CHEETAH: between the two outcomes, a plateau and a gait
+
+
+class Setting(NamedTuple):
+    what: str
+    flags: dict[str, str]  # those of the centre that are different, and more
+    changes: tuple[tuple[str, str], ...] = ()  # of the script's text: old, new
+
+
+CENTRE = {
+    "num-envs": "8",
+    "num-steps": "256",
+    "log-std": "-1",
+    "norm-adv": "minibatch",
+    "gamma": "0.99",
+    "gae-lambda": "0.95",
+    "update-epochs": "10",
+}
+ONE_ACTOR = {"num-envs": "1", "num-steps": "2048"}
+RELU = (
+    (
+        "        layer_init(nn.Linear(inputs, 64)),\n        nn.Tanh(),\n",
+        "        layer_init(nn.Linear(inputs, 64)),\n        nn.ReLU(),\n",
+    ),
+    (
+        "        layer_init(nn.Linear(64, 64)),\n        nn.Tanh(),\n",
+        "        layer_init(nn.Linear(64, 64)),\n        nn.ReLU(),\n",
+    ),
+    ("x = np.tanh(x @ w0.mT + b0)", "x = np.maximum(x @ w0.mT + b0, 0)"),
+    ("x = np.tanh(x @ w1.mT + b1)", "x = np.maximum(x @ w1.mT + b1, 0)"),
+)
+SETTINGS = {
+    "centre": Setting("8 actors x 256 steps, log sigma from -1", {}),
+    "before": Setting(
+        "the defaults of before: 1 actor x 2,048 steps, log sigma from 0",
+        {**ONE_ACTOR, "log-std": "0"},
+    ),
+    "one-actor": Setting("1 actor x 2,048 steps", ONE_ACTOR),
+    "log-std-0": Setting("log sigma from 0", {"log-std": "0"}),
+    "log-std-0.5": Setting("log sigma from -0.5", {"log-std": "-0.5"}),
+    "log-std-1.5": Setting("log sigma from -1.5", {"log-std": "-1.5"}),
+    "norm-adv-none": Setting("advantages as they are", {"norm-adv": "none"}),
+    "norm-adv-batch": Setting(
+        "advantages standardised over the batch, not over the minibatch", {"norm-adv": "batch"}
+    ),
+    "value-clip": Setting("the value loss clipped at 0.2", {"value-clip": "0.2"}),
+    "lambda-0.9": Setting("lambda 0.9", {"gae-lambda": "0.9"}),
+    "gamma-0.995": Setting("gamma 0.995", {"gamma": "0.995"}),
+    "gamma-0.999": Setting("gamma 0.999", {"gamma": "0.999"}),
+    "epochs-5": Setting("5 epochs", {"update-epochs": "5"}),
+    "relu": Setting("ReLU in place of tanh", {}, RELU),
+    "adam-epsilon": Setting("Adam's epsilon 1e-8 in place of 1e-5", {}, collapse.ADAM),
+}
+FINAL = "defaults"  # the setting of all final runs: --preset modern as it is
+
+COLUMNS = ("env_id", "setting", "seed", *grids.LAYOUT.columns)
+LAYOUT = replace(
+    grids.LAYOUT,
+    key=("env_id", "setting", "seed"),
+    columns=tuple(dict.fromkeys(COLUMNS)),  # each once
+    order={"env_id": TASKS, "setting": list(SETTINGS)},
+)
+
+
+# ---------------------------------------------------------------------------------------- RUNS
+def flags_of(name: str) -> list[str]:
+    """The flags of a setting; --flag=value, since a value may begin with a minus."""
+    if name == FINAL:
+        return []
+    return [f"--{flag}={value}" for flag, value in (CENTRE | SETTINGS[name].flags).items()]
+
+
+def plan(
+    names: list[str], tasks: list[str], seeds: list[int], settings: list[str], table: Table
+) -> list[Call]:
+    """A call for each setting and task, with the seeds that the table lacks of it.
+
+    Raises UserError where a run of the table had other flags.
+    """
+    for name, command in table.runs[["setting", "command"]].drop_duplicates().to_numpy():
+        if " ".join([*settings, *flags_of(name), "--run-dir"]) not in command:
+            what = f"{table.folder} holds runs of other settings: {command}"
+            raise UserError(f"{what}; give other --results")
+    calls = []
+    for name, task in itertools.product(names, tasks):
+        missing = [str(seed) for seed in seeds if (task, name, seed) not in table.cells]
+        if missing:
+            flags = [*grids.environment(task), "--seeds", *missing, *settings, *flags_of(name)]
+            folder = f"runs/defaults/{name}/{task}__{'-'.join(missing)}"
+            flags += ["--run-dir", folder]
+            calls.append(Call("benchmark.lockstep", tuple(flags), {"setting": name}))
+    return calls
+
+
+def answer(call: Call, layout: Layout, mine: list[int], pipe: Connection) -> None:
+    """sweep.answer, in a process of its own, with the text of the call's setting."""
+    setting = SETTINGS.get(call.labels["setting"])
+    if setting is not None and setting.changes:
+        script, crowd = collapse.altered(setting.changes)
+        sys.modules.update({"ppo_continuous": script, "benchmark.lockstep": crowd})
+    sweep.answer(call, layout, mine, pipe)
+
+
+# -------------------------------------------------------------------------------------- REPORT
+def returns_of(runs: pd.DataFrame, column: str) -> pd.Series:
+    """A column of runs.csv as numbers, by (task, setting, seed)."""
+    keyed = runs.set_index(["env_id", "setting", runs["seed"].astype(int)])
+    return sweep.numbers(keyed[column])
+
+
+def iqm(x: np.ndarray) -> float:
+    """The mean of the middle half."""
+    return float(stats.trim_mean(x, 0.25))
+
+
+def tell_search(folder: Path) -> str:
+    """Every setting beside the centre, from search/. Only those that have all their runs."""
+    runs = sweep.read(folder / "search/runs.csv")
+    last = returns_of(runs, "last_100_return")
+    greedy = returns_of(runs, "eval_return_mean")
+    seeds = sorted(set(runs["seed"].astype(int)))
+    tasks = [task for task in SEARCHED if task in set(runs["env_id"])]
+    counts = runs.groupby("setting").size()
+    whole = [name for name in SETTINGS if counts.get(name, 0) == len(tasks) * len(seeds)]
+    cells = list(itertools.product(tasks, whole, seeds))
+    raw = last.reindex(cells).to_numpy().reshape(len(tasks), len(whole), len(seeds))
+    zero = grids.random_returns(folder / "random.csv", tasks, "gaussian")
+    normalised = scores.normalise(raw, zero, scores.best_returns(raw, "run"))
+    resampled = scores.resample(normalised)
+    effects = scores.means(normalised) - scores.means(normalised)[whole.index("centre")]
+    drawn = scores.means(resampled)
+    drawn = drawn - drawn[:, [whole.index("centre")]]
+    rows = []
+    for i, name in enumerate(whole):
+        low, high = scores.interval(drawn[:, i])
+        row = {"setting": f"`{name}`", "what is different": SETTINGS[name].what}
+        row["effect [95%]"] = f"{effects[i]:+.2f} [{low:+.2f}, {high:+.2f}]"
+        if name == "centre":
+            row["effect [95%]"] = "0"
+        for k, task in enumerate(tasks):
+            mean = greedy.reindex([(task, name, seed) for seed in seeds]).mean()
+            row[task] = f"{number(iqm(raw[k, i]))} / {number(mean)}"
+        cheetahs = last.loc[CHEETAH, name]
+        row["gaits"] = f"{(cheetahs > PLATEAU).sum()} of {len(cheetahs)}"
+        rows.append(row)
+    left_out = [f"`{name}`" for name in SETTINGS if name not in whole]
+    missing = f"Not all runs are there of {', '.join(left_out)}.\n" if left_out else ""
+    return f"""## The search
+
+{markdown(rows)}
+{len(tasks)} tasks x {len(seeds)} seeds, 1M steps. Per task: the interquartile mean of the last 100 \
+training episodes / the mean
+greedy return at the end. Effect: on the mean normalised score, against the centre; 0 is the \
+untrained Gaussian
+policy and 1 the best run of the task in this table; bootstrap intervals, seeds drawn alike for \
+all settings. Gaits: HalfCheetahs
+whose last 100 episodes are above {PLATEAU:,}; the others stay on a plateau.
+{missing}
+{tell_runs(runs, whole)}
+{sweep.origin(runs)}"""
+
+
+def tell_runs(runs: pd.DataFrame, names: list[str]) -> str:
+    """The last 100 episodes of every run."""
+    last = returns_of(runs, "last_100_return")
+    rows = []
+    for name in names:
+        row = {"setting": f"`{name}`"}
+        for task in dict.fromkeys(runs["env_id"]):
+            row[task] = ", ".join(number(x) for x in sorted(last.loc[task, name]))
+        rows.append(row)
+    return f"Every run, sorted:\n\n{markdown(rows)}"
+
+
+def tell_final(folder: Path) -> str:
+    """The defaults on all tasks, beside what others have published. Draws final.png."""
+    table = Table(folder / "final", LAYOUT)
+    last = returns_of(table.runs, "last_100_return")
+    greedy = returns_of(table.runs, "eval_return_mean")
+    public = pd.read_csv(PUBLIC)
+    rows, verdicts = [], []
+    for task in TASKS:
+        if task not in last.index:
+            continue
+        ours, mine = last.loc[task].to_numpy(), greedy.loc[task].to_numpy()
+        row = {"task": task, "seeds": str(len(ours))}
+        row["last 100: IQM (each)"] = f"{number(iqm(ours))} ({number(min(ours))} to "
+        row["last 100: IQM (each)"] += f"{number(max(ours))})"
+        mean, low, high = scores.mean_interval(mine)
+        row["greedy: mean [95%]"] = f"{number(mean)} [{number(low)}, {number(high)}]"
+        curves = table.curves[table.curves["env_id"] == task]
+        points = sweep.numbers(curves["episodic_return"])
+        highest = points.groupby(curves["global_step"]).mean().max()
+        row["highest mean of the run"] = number(highest)
+        theirs = public[public["env_id"] == task]
+        for source in public["source"].unique():
+            found = theirs[theirs["source"] == source]
+            text = ""
+            if len(found):
+                text = number(found["mean"].iloc[0])
+            row[source] = text
+        rows.append(row)
+        verdicts.append({"task": task} | compare(mine, theirs))
+    figure = plot.sheet(len(TASKS), 4, (3, 2.6))
+    sheet, axes = figure
+    for ax, task in zip(axes, TASKS, strict=True):
+        curves = table.curves[table.curves["env_id"] == task]
+        groups = plot.groups_of(curves, "setting", "episodic_return")
+        plot.curves(ax, groups, [FINAL], None)
+        ax.set(title=task, xlabel="")
+    sheet.savefig(folder / "final.png", dpi=90)
+    sources = [f"- {row.source}: {row.how}; {row.url}" for row in unique_sources(public)]
+    return f"""## The defaults, with seeds that chose nothing
+
+{markdown(rows)}
+`python ppo_continuous.py --env-id TASK`, 1M steps. Last 100: training episodes, sampled actions. \
+Greedy: 20 episodes at
+the end. Highest mean of the run: the largest, over the run, of the mean over seeds of the last \
+100 episodes, which is
+how a maximum is published. Others' figures, of other versions of the tasks (-v2, -v3):
+
+{chr(10).join(sources)}
+
+![Learning curves](final.png)
+
+Greedy returns at the end against the ten seeds of Tianshou at 983k steps, by Welch's t test from \
+means and deviations:
+
+{markdown(verdicts)}
+{sweep.origin(table.runs)}"""
+
+
+def unique_sources(public: pd.DataFrame) -> list:
+    return list(public.drop_duplicates("source").itertuples())
+
+
+def compare(mine: np.ndarray, theirs: pd.DataFrame) -> dict[str, str]:
+    """Better, worse, or neither at the level of 5%."""
+    theirs = theirs[theirs["source"] == "Tianshou, at 983k steps"].iloc[0]
+    # a deviation of 0 on both sides has no t: then the means say it
+    test = stats.ttest_ind_from_stats(
+        mine.mean(),
+        max(mine.std(ddof=1), 1e-6),
+        len(mine),
+        theirs["mean"],
+        max(theirs["deviation"], 1e-6),
+        int(theirs["seeds"]),
+        equal_var=False,
+    )
+    verdict = "equal within intervals"
+    if test.pvalue < 0.05:
+        verdict = "better" if mine.mean() > theirs["mean"] else "worse"
+    return {
+        "ours": f"{number(mine.mean())} +- {number(mine.std(ddof=1))}",
+        "Tianshou": f"{number(theirs['mean'])} +- {number(theirs['deviation'])}",
+        "ours is": verdict,
+        "p": f"{test.pvalue:.2g}",
+    }
+
+
+def report(folder: Path) -> None:
+    """Write summary.md from the CSVs there are. Raises OSError where there is none."""
+    parts = ["# The defaults of ppo_continuous.py on MuJoCo\n"]
+    if (folder / "final/runs.csv").exists():
+        parts.append(tell_final(folder))
+    parts.append(tell_search(folder))
+    (folder / "summary.md").write_text("\n".join(parts))
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("Which settings earn their place among the defaults on MuJoCo?")
+    add = parser.add_argument
+    add("--search", action="store_true", help="run the search, not the defaults of today")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of the search")
+    add("--tasks", nargs="+", choices=TASKS, help="default: four in the search, all in the end")
+    add("--seeds", nargs="+", type=int, help="default: 1 to 6 in the search, 101 to 110 in the end")
+    add("--total-timesteps", type=positive, default=1_000_000, help="of every run")
+    add("--results", type=Path, default=RESULTS, help="folder of the CSVs and the report")
+    sweep.add_flags(parser, jobs=None)
+    args = parser.parse_args(argv)
+    if not args.report:
+        where = args.results / ("search" if args.search else "final")
+        names = args.settings if args.search else [FINAL]
+        tasks = args.tasks or (SEARCHED if args.search else TASKS)
+        seeds = args.seeds or list(SEARCH_SEEDS if args.search else FINAL_SEEDS)
+        settings = grids.common_flags("modern", args.total_timesteps, [])
+        calls = plan(names, tasks, seeds, settings, Table(where, LAYOUT))
+        scale = [*settings, "--log-std=0"]  # the same 0 of the scale, whatever the defaults are
+        grids.measure(Grid(tasks, [], seeds), scale, args.results / "random.csv")
+        engine = sweep.choose_engine(args, len(sweep.CORES))
+        if args.engine == "local":
+            engine = partial(engine, target=answer)
+        sweep.complete(where, LAYOUT, calls, engine)
+    report(args.results)
+    print(args.results / "summary.md")
+
+
+if __name__ == "__main__":
+    cli(main)
