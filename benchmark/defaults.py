@@ -158,7 +158,7 @@ def answer(call: Call, layout: Layout, mine: list[int], pipe: Connection) -> Non
 def returns_of(runs: pd.DataFrame, column: str) -> pd.Series:
     """A column of runs.csv as numbers, by (task, setting, seed)."""
     keyed = runs.set_index(["env_id", "setting", runs["seed"].astype(int)])
-    return sweep.numbers(keyed[column])
+    return sweep.numbers(keyed[column]).sort_index()
 
 
 def iqm(x: np.ndarray) -> float:
@@ -201,13 +201,14 @@ def tell_search(folder: Path) -> str:
     return f"""## The search
 
 {markdown(rows)}
-{len(tasks)} tasks x {len(seeds)} seeds, 1M steps. Per task: the interquartile mean of the last 100 \
-training episodes / the mean
-greedy return at the end. Effect: on the mean normalised score, against the centre; 0 is the \
-untrained Gaussian
-policy and 1 the best run of the task in this table; bootstrap intervals, seeds drawn alike for \
-all settings. Gaits: HalfCheetahs
-whose last 100 episodes are above {PLATEAU:,}; the others stay on a plateau.
+{len(tasks)} tasks x {len(seeds)} seeds, 1M steps. In each cell: the interquartile mean of the \
+last 100 training
+episodes, and the mean greedy return at the end. Effect: on the mean normalised score, against \
+the centre; 0 is the
+untrained Gaussian policy and 1 the best run of the task in this table; bootstrap intervals, \
+where all settings draw the
+same seeds. Gaits: the HalfCheetahs whose last 100 episodes are above {PLATEAU:,}; the others \
+stay on a plateau.
 {missing}
 {tell_runs(runs, whole)}
 {sweep.origin(runs)}"""
@@ -248,21 +249,19 @@ def tell_final(folder: Path) -> str:
         theirs = public[public["env_id"] == task]
         for source in public["source"].unique():
             found = theirs[theirs["source"] == source]
-            text = ""
-            if len(found):
-                text = number(found["mean"].iloc[0])
-            row[source] = text
+            row[source] = number(found["mean"].iloc[0]) if len(found) else ""
         rows.append(row)
         verdicts.append({"task": task} | compare(mine, theirs))
-    figure = plot.sheet(len(TASKS), 4, (3, 2.6))
-    sheet, axes = figure
+    figure, axes = plot.sheet(len(TASKS), 4, (3, 2.6))
     for ax, task in zip(axes, TASKS, strict=True):
         curves = table.curves[table.curves["env_id"] == task]
         groups = plot.groups_of(curves, "setting", "episodic_return")
         plot.curves(ax, groups, [FINAL], None)
         ax.set(title=task, xlabel="")
-    sheet.savefig(folder / "final.png", dpi=90)
-    sources = [f"- {row.source}: {row.how}; {row.url}" for row in unique_sources(public)]
+    figure.savefig(folder / "final.png", dpi=90)
+    sources = []
+    for row in public.drop_duplicates("source").itertuples():
+        sources.append(f"- {row.source}: {row.how}; {row.url}")
     return f"""## The defaults, with seeds that chose nothing
 
 {markdown(rows)}
@@ -281,10 +280,6 @@ means and deviations:
 
 {markdown(verdicts)}
 {sweep.origin(table.runs)}"""
-
-
-def unique_sources(public: pd.DataFrame) -> list:
-    return list(public.drop_duplicates("source").itertuples())
 
 
 def compare(mine: np.ndarray, theirs: pd.DataFrame) -> dict[str, str]:
