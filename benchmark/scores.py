@@ -81,6 +81,49 @@ def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return wins.mean(-1) / (x.shape[-1] * y.shape[-1])
 
 
+def permutation_test(x: np.ndarray, y: np.ndarray, times: int = 10_000) -> float:
+    """x, y [K, S] -> the two-sided p value of the difference of their means.
+
+    If it made no difference which side a run is on, sides could be dealt out anew within each task:
+    p is the share of deals whose difference is at least as large. The same number at every call.
+    """
+    seeds = x.shape[-1]
+    both = np.concatenate([x, y], -1)
+    deals = np.broadcast_to(both, (times, *both.shape))
+    deals = np.random.default_rng(0).permuted(deals, axis=-1)
+    dealt = deals[..., :seeds].mean((1, 2)) - deals[..., seeds:].mean((1, 2))
+    # the deal that was observed counts as one; other orders of its sums round otherwise
+    as_large = np.abs(dealt) >= np.abs(x.mean() - y.mean()) - 1e-12
+    return (1 + as_large.sum()) / (1 + times)
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """p values [n] -> the same, corrected for being n (Holm 1979)."""
+    order = np.argsort(p)
+    grown = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty(len(p))
+    corrected[order] = grown.clip(max=1)
+    return corrected
+
+
+def detectable(x: np.ndarray, y: np.ndarray, level: float, power: float = 0.8) -> float:
+    """x, y [K, S] -> the smallest difference of two such means that a test would see.
+
+    At this two-sided level, with this power, from the spread of runs within their task.
+    """
+    tasks, seeds = x.shape
+    variance = (x.var(-1, ddof=1) + y.var(-1, ddof=1)).sum() / seeds / tasks**2
+    return (stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power)) * np.sqrt(variance)
+
+
+def profiles(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """scores [K, O, S], thresholds [n] -> the share of runs above each, [O, n].
+
+    A performance profile (Agarwal et al. 2021).
+    """
+    return (by_objective(scores)[..., np.newaxis] > thresholds).mean(1)
+
+
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Rank correlation of x [..., n] and y [n]; equal numbers share their mean rank.
 

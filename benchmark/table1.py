@@ -63,6 +63,9 @@ READINGS = {  # of "random policy" and "best result", which the paper leaves ope
     "uniform, best objective": ("uniform", "objective"),
 }
 KINDS = ("clip", "adaptive", "kl")  # of objectives: columns of the pictures
+PLANNED = "clip:0.2"  # the objective that is tested against all others
+SCALE = ROOT / "benchmark/results/table1/scale.csv"  # 0 and 1 of the table with ten seeds
+BOOTSTRAPPED = ROOT / "benchmark/results/table1-bootstrapped"
 
 
 # ---------------------------------------------------------------------------------------- SCORES
@@ -135,11 +138,13 @@ Highest is `{objectives[best]}`; at or above the lower end of its interval:
     for reading, mean in means.items():
         readings[reading] = [f"{x:.2f}" for x in mean]
     if objectives == OBJECTIVES["paper"]:
-        row = ["Spearman correlation with the paper [95%]", ""]
-        for reading, mean in means.items():
-            draws = scores.spearman(drawn[reading], theirs)
-            row.append(with_interval(scores.spearman(mean, theirs), draws))
-        readings.loc[len(readings)] = row
+        other = [o != "none" for o in objectives]
+        for what, rows in (("", [True] * len(other)), (", without `none`", other)):
+            row = [f"Spearman correlation with the paper{what} [95%]", ""]
+            for reading, mean in means.items():
+                draws = scores.spearman(drawn[reading][:, rows], theirs[rows])
+                row.append(with_interval(scores.spearman(mean[rows], theirs[rows]), draws))
+            readings.loc[len(readings)] = row
     table = []
     for k, task in enumerate(grid.tasks):
         of_objective, (o, s) = raw[k].mean(1), np.unravel_index(raw[k].argmax(), raw[k].shape)
@@ -163,6 +168,146 @@ The paper defines neither its random policy nor its best result. All four readin
 What is 0 and what is 1 in them:
 
 {markdown(table)}
+"""
+
+
+# ------------------------------------------------------------------------------------- CONTRASTS
+def freeze_scale(folder: Path, grid: Grid) -> None:
+    """Write scale.csv: what is 0 and what is 1 in this table, for all later ones.
+
+    Raises UserError where a run is missing.
+    """
+    runs = sweep.Table(folder, LAYOUT).runs
+    runs = runs.set_index(["env_id", "objective", runs["seed"].astype(int)])
+    raw = raw_returns(runs, grid)
+    rows = {
+        "env_id": grid.tasks,
+        "zero": grids.random_returns(folder / "random.csv", grid.tasks, "gaussian"),
+        "one": scores.best_returns(raw, "run"),
+    }
+    sweep.write(folder / SCALE.name, pd.DataFrame(rows))
+
+
+def frozen_scale(tasks: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Zero [K] and one [K] of scale.csv; None where it has not been frozen, or lacks a task."""
+    if not SCALE.exists():
+        return None
+    scale = pd.read_csv(SCALE, index_col="env_id")
+    if not set(tasks) <= set(scale.index):
+        return None
+    return scale.loc[tasks, "zero"].to_numpy(), scale.loc[tasks, "one"].to_numpy()
+
+
+def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, planned: bool) -> str:
+    """`clip:0.2` against every other objective, and how small a difference could be seen.
+
+    planned: whether these contrasts were chosen before the runs were made. Draws profile.png.
+    """
+    raw, objectives = raw_returns(runs, grid), grid.objectives
+    scale, which = frozen_scale(grid.tasks), "the frozen scale, scale.csv"
+    if scale is None:
+        zero = grids.random_returns(folder / "random.csv", grid.tasks, "gaussian")
+        scale, which = (zero, scores.best_returns(raw, "run")), "the scale of this table"
+    normalised = scores.normalise(raw, *scale)
+    resampled = scores.resample(normalised)
+    ours = objectives.index(PLANNED)
+    others = [i for i in range(len(objectives)) if i != ours]
+    mine = normalised[:, ours]
+    tests = [scores.permutation_test(mine, normalised[:, i]) for i in others]
+    rows = []
+    for i, p, corrected in zip(others, tests, scores.holm(np.array(tests)), strict=True):
+        theirs = normalised[:, i]
+        draws = resampled[:, :, ours].mean((1, 2)) - resampled[:, :, i].mean((1, 2))
+        better = scores.improvement(resampled[:1000, :, ours], resampled[:1000, :, i])
+        difference = mine.mean() - theirs.mean()
+        smallest = scores.detectable(mine, theirs, 0.05)
+        needed = math.inf
+        if difference != 0:
+            needed = max(2, math.ceil(len(grid.seeds) * (smallest / difference) ** 2))
+        row = {
+            "against": f"`{objectives[i]}`",
+            "difference [95%]": with_interval(difference, draws),
+        }
+        improvement = with_interval(scores.improvement(mine, theirs), better)
+        row["probability of improvement [95%]"] = improvement
+        row |= {"p": f"{p:.4f}", "p, Holm": f"{corrected:.4f}"}
+        row["smallest difference seen"] = f"{smallest:.2f}"
+        row["seeds for this difference"] = f"{needed}" if needed <= 1000 else "over 1,000"
+        rows.append(row)
+    draw_profiles(folder / "profile.png", normalised, objectives)
+    when = "These contrasts were thought of after the runs: take them as description."
+    if planned:
+        when = "These contrasts were planned before the runs; all else here is description."
+    return f"""## `{PLANNED}` against the others
+
+{markdown(rows)}
+On {which}. The p values are of a permutation test, stratified by task, and corrected by Holm.
+{when}
+Probability of improvement: that a run of `{PLANNED}` beats one of the other on the same task.
+Smallest difference seen: with a power of 80% at a level of 5%, from the spread of these runs, \
+before any correction.
+Seeds for this difference: how many each objective would need, if the difference is what it seems.
+
+![Performance profile](profile.png)
+
+The share of runs, of all tasks, above a score.
+
+"""
+
+
+def draw_profiles(path: Path, normalised: np.ndarray, objectives: list[str]) -> None:
+    """A line per objective, those of a kind in a panel of their own."""
+    kinds = [kind for kind in KINDS if any(o.startswith(kind) for o in objectives)]
+    figure, axes = plot.sheet(len(kinds), len(kinds), (4, 2.9), sharey=True)
+    thresholds = np.linspace(-0.2, 1, 121)
+    shares = dict(zip(objectives, scores.profiles(normalised, thresholds), strict=True))
+    for ax, kind in zip(axes, kinds, strict=True):
+        mine = [o for o in objectives if o in ("none", PLANNED) or o.startswith(kind)]
+        for i, objective in enumerate(mine):
+            style = {"color": "black"} if objective == PLANNED else {"color": plot.COLOURS[i]}
+            ax.plot(thresholds, shares[objective], label=objective, **style)
+        ax.set(title=kind, xlabel="score", ylim=(0, 1))
+        ax.legend(frameon=False, fontsize="small")
+    axes[0].set_ylabel("share of runs above it")
+    figure.savefig(path, dpi=90)
+
+
+def tell_time_limits(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
+    """This table beside the one with time limits bootstrapped. Draws time-limits.png."""
+    other = sweep.Table(BOOTSTRAPPED, LAYOUT)
+    others = other.runs.set_index(["env_id", "objective", other.runs["seed"].astype(int)])
+    lines = {"the limit is an end": runs, "bootstrapped": others}
+    rows = []
+    for task, objective in itertools.product(grid.tasks, ("none", PLANNED)):
+        row = {"task": task, "objective": f"`{objective}`"}
+        for name, table in lines.items():
+            mine = table.query("env_id == @task and objective == @objective")
+            x = sweep.numbers(mine["last_100_return"])
+            row[name] = ""
+            if len(x):
+                row[name] = f"{number(x.mean())} ({number(x.min())} to {number(x.max())}), {len(x)}"
+        rows.append(row)
+    mine, panels = sweep.Table(folder, LAYOUT), []
+    for task, objective in (("InvertedDoublePendulum-v4", PLANNED), ("HalfCheetah-v4", "none")):
+        groups = {}
+        for name, table in zip(lines, (mine, other), strict=True):
+            points = table.curves.query("env_id == @task and objective == @objective")
+            points = points.assign(
+                line=name, episodic_return=sweep.numbers(points["episodic_return"])
+            )
+            groups |= plot.groups_of(points, "line", "episodic_return")
+        panels.append((f"{task}, {objective}", groups, list(lines)))
+    draw(folder / "time-limits.png", panels, 2, "return (last 100)")
+    return f"""## What a time limit is
+
+{markdown(rows)}
+The return of the last 100 episodes: mean, from the worst to the best, and how many runs. Left: \
+this table, where a time
+limit ends an episode as a fall does. Right: the table with exact bootstrapping,
+[table1-bootstrapped](../table1-bootstrapped/summary.md).
+
+![Both treatments](time-limits.png)
+
 """
 
 
@@ -374,10 +519,15 @@ def report(folder: Path, asked: Grid, preset: str) -> None:
         text += f" Of the {len(paper)} runs of the paper's Table 1, {here} are here."
     text += " Every run is a row of [runs.csv](runs.csv), its curve is in [curves.csv](curves.csv)."
     text += "\n\n"
-    for stale in ("scores.md", "scores.png"):
+    for stale in ("scores.md", "scores.png", "profile.png", "time-limits.png"):
         (folder / stale).unlink(missing_ok=True)
+    planned = preset == "paper" and (runs["bootstrap_truncated"] == "False").all()
     if whole:
         text += tell_scores(folder, runs, Grid(whole, *grid[1:]))
+        if PLANNED in grid.objectives and len(grid.seeds) > 1:
+            text += tell_contrasts(folder, runs, Grid(whole, *grid[1:]), planned)
+    if planned:
+        text += tell_time_limits(folder, runs, grid)
 
     curves = {}
     for name in ("episodic_return", "kl", "beta"):
@@ -442,6 +592,7 @@ def main(argv: list[str]) -> None:
     what = "folder; default: benchmark/results/table1 or table1-modern"
     add("--results", type=Path, help=what)
     sweep.add_flags(parser, jobs=None)
+    add("--freeze-scale", action="store_true", help="write scale.csv from this table")
     add("flags", nargs="*", help="after --: more flags of ppo_continuous.py for every run")
     args = parser.parse_args(argv)
     objectives = args.objectives or OBJECTIVES[args.preset]
@@ -453,6 +604,8 @@ def main(argv: list[str]) -> None:
         cuda = grids.parse(settings)[0].device == "cuda"
         most = 1 if cuda else min(len(sweep.CORES), len(grid.tasks))
         complete(grid, folder, settings, sweep.choose_engine(args, most))
+    if args.freeze_scale:
+        freeze_scale(folder, grid)
     report(folder, grid, args.preset)
     print(folder / "summary.md")
 

@@ -155,6 +155,47 @@ def test_probability_of_improvement_counts_pairs_within_tasks_and_ties_by_half()
         assert drawn[i] == pytest.approx(np.mean((a > b) + 0.5 * (a == b)))
 
 
+def test_a_permutation_test_deals_runs_out_within_tasks():
+    x = np.array([[3.0, 4.0], [30.0, 40.0]])  # 2 tasks x 2 seeds
+    y = np.array([[1.0, 2.0], [10.0, 20.0]])
+    # exactly: 2 of 4 runs to x's side, in each task; 36 deals, of which two are as far apart
+    deals = []
+    for mine in itertools.product(itertools.combinations(range(4), 2), repeat=2):
+        both = np.concatenate([x, y], axis=1)
+        sums = [both[task, list(pair)].sum() for task, pair in enumerate(mine)]
+        deals.append(abs(2 * sum(sums) - both.sum()))
+    exact = np.mean(np.array(deals) >= max(deals) - 1e-9)
+    assert exact == 2 / 36
+    assert scores.permutation_test(x, y) == pytest.approx(exact, abs=0.007)  # 3 deviations
+    assert scores.permutation_test(x, x) == 1
+    assert scores.permutation_test(x, y) == scores.permutation_test(y, x)
+
+
+def test_holm_corrects_as_in_a_known_case():
+    p = np.array([0.01, 0.04, 0.03, 0.005])  # of R's help page on p.adjust's methods, by hand:
+    # 0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04 * 1, which may not be below the one before it
+    assert scores.holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert scores.holm(np.array([0.5, 0.6])) == pytest.approx([1, 1])
+
+
+def test_a_difference_that_can_be_seen_is_seen_four_times_of_five():
+    rng = np.random.default_rng(0)
+    spread = np.array([0.1, 0.5])[:, np.newaxis]  # of the two tasks
+    x, y = rng.normal(0, spread, (2, 2, 100_000))
+    smallest = scores.detectable(x[:, :20], y[:, :20], 0.05)
+    known = 2.8016 * np.sqrt(2 * (0.1**2 + 0.5**2) / 20 / 4)  # of normal quantiles and true spread
+    assert smallest == pytest.approx(known, rel=0.4)
+    x, y = x.reshape(2, -1, 20), y.reshape(2, -1, 20) + known
+    test = (y.mean(-1) - x.mean(-1)).mean(0) / np.sqrt(2 * (0.1**2 + 0.5**2) / 20 / 4)
+    assert (np.abs(test) > 1.96).mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_a_profile_counts_the_runs_above():
+    runs = np.array([[[0.1, 0.5], [0.9, 0.9]], [[0.3, 0.7], [0.0, 1.0]]])  # 2 x 2 x 2
+    found = scores.profiles(runs, np.array([0.0, 0.3, 0.95]))
+    assert np.allclose(found, [[1, 0.5, 0], [0.75, 0.75, 0.25]])
+
+
 def test_spearman_shares_ranks_among_equals():
     y = np.array([1.0, 2.0, 3.0, 4.0])
     # 1 - 6 * (1 + 1) / (4 * 15)
@@ -194,6 +235,7 @@ def test_report_by_hand(tmp_path):
     }
     runs = [row(*cell, seed, both[seed - 1]) for cell, both in returns.items() for seed in (1, 2)]
     runs[3] |= {"diverged_at": 4096}
+    runs = [run | {"bootstrap_truncated": False} for run in runs]
     folder = write_folder(
         tmp_path / "t", runs, {"Hopper-v4": (20, 100), "Reacher-v4": (-43, -103.5)}
     )
@@ -205,7 +247,7 @@ def test_report_by_hand(tmp_path):
         written.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert written[0] == written[1]
     names = "runs.csv curves.csv random.csv summary.md scores.md learning.md"
-    names += " scores.png curves.png kl.png learning.png"
+    names += " scores.png curves.png kl.png learning.png profile.png time-limits.png"
     assert set(written[0]) == set(names.split())
     text = (folder / "summary.md").read_text()
     assert "All 8 runs are in: 2 tasks x 2 objectives x 2 seeds. Of the 231 runs" in text
@@ -223,6 +265,29 @@ def test_report_by_hand(tmp_path):
     assert (folder / "scores.md").read_text() in text
     assert (folder / "learning.md").read_text() in text
     assert "Spearman" not in text  # of eleven rows, or none
+    # mean scores 0.65 and 0.1625; of the 8 pairs within tasks, 7 are won and 0.2 = 0.2 twice, tied
+    contrast = next(line for line in text.splitlines() if line.startswith("| `none` | 0.49 ["))
+    assert f"| {(4 + 2 * 0.5 + 2) / 8:.2f} [" in contrast
+    assert "On the frozen scale" in text or "On the scale of this table" in text
+    limits = next(line for line in text.splitlines() if line.startswith("| Hopper-v4 | `none` |"))
+    assert limits.startswith("| Hopper-v4 | `none` | 150 (100 to 200), 2 | 416 (")
+
+
+def test_a_frozen_scale_outlives_the_runs_that_set_it(tmp_path, monkeypatch):
+    runs = [row("Hopper-v4", o, 1, x) for o, x in (("none", 100), ("clip:0.2", 500))]
+    first = write_folder(tmp_path / "first", runs, {"Hopper-v4": (20, 100)})
+    monkeypatch.setattr(table1, "SCALE", first / "scale.csv")
+    assert table1.frozen_scale(["Hopper-v4"]) is None
+    args = ["--report", "--tasks", "Hopper", "--objectives", "none", "clip:0.2", "--results"]
+    table1.main([*args, str(first), "--seeds", "1", "--freeze-scale"])
+    assert table1.frozen_scale(["Hopper-v4"]) == (100, 500)
+    assert table1.frozen_scale(["Hopper-v4", "Reacher-v4"]) is None
+    cells = itertools.product(("none", "clip:0.2"), (1, 2))
+    runs = [row("Hopper-v4", o, seed, 300 if o == "none" else 900) for o, seed in cells]
+    later = write_folder(tmp_path / "later", runs, {"Hopper-v4": (20, 200)})
+    table1.main([*args, str(later), "--seeds", "1", "2"])
+    text = (later / "summary.md").read_text()
+    assert "On the frozen scale" in text and "| `none` | 1.50 [" in text  # (900 - 300) / 400
 
 
 def test_report_of_a_part_says_so(tmp_path):
