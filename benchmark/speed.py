@@ -5,8 +5,8 @@
     python benchmark/speed.py mujoco --contestants one sb3
 
 Every measurement is a process of its own, and the contestants of a suite take turns, round after
-round, so that a slow minute of the machine strikes all of them alike. SBX takes part where
-requirements-peers.txt is installed. Compared are ratios within a round. Writes
+round, so that a slow minute of the machine strikes all of them alike. SBX and rejax take part
+where requirements-peers.txt is installed. Compared are ratios within a round. Writes
 benchmark/results/speed/: SUITE.csv, a row per measurement, and SUITE.md, the table that is also
 printed. To measure more, add a Contestant.
 """
@@ -57,6 +57,7 @@ from benchmark.sweep import numbers
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results/speed"
 CORES = os.cpu_count() or 1
+PEERS = {"sbx": "sbx-rl", "rejax": "rejax"}  # modules of requirements-peers.txt: their packages
 SEEDS = [1, 2, 3]  # 33 agents: what one task takes of the 231 runs behind the paper's Table 1
 OBJECTIVES = ["none", "clip:0.1", "clip:0.2", "clip:0.3"]
 OBJECTIVES += ["adaptive:0.003", "adaptive:0.01", "adaptive:0.03"]
@@ -152,6 +153,78 @@ def sb3_cartpole(total_timesteps: int, threads: int) -> dict:
     args = ppo_cartpole.Args(total_timesteps=total_timesteps)
     envs = make_vec_env(args.env_id, args.num_envs)
     return learned(PPO("MlpPolicy", envs, device="cpu", **common(args)), args)
+
+
+def rejax_cartpole(total_timesteps: int, threads: int) -> dict:
+    """The same in JAX end to end: environments, rollouts and updates are one compiled program.
+
+    It clips the value loss and each network's gradient by element, which cannot be turned off;
+    network, batch and number of gradient steps are ours. XLA takes the threads it wants.
+    """
+    import jax
+    from rejax import PPO
+
+    args = ppo_cartpole.Args(total_timesteps=total_timesteps)
+    algorithm = PPO.create(
+        env=args.env_id,
+        agent_kwargs={"activation": "tanh"},
+        num_envs=args.num_envs,
+        num_steps=args.num_steps,
+        num_epochs=args.update_epochs,
+        num_minibatches=args.num_minibatches,
+        learning_rate=args.learning_rate,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        vf_coef=2 * args.vf_coef,  # its loss has a factor of 1/2
+        ent_coef=args.ent_coef,
+        max_grad_norm=args.max_grad_norm,
+        total_timesteps=args.num_updates * args.batch_size,
+        eval_freq=args.num_updates * args.batch_size,
+        skip_initial_evaluation=True,
+    )
+    algorithm = algorithm.replace(eval_callback=lambda *_: 0.0)  # nobody else evaluates here
+    start = time.perf_counter()
+    train = jax.jit(algorithm.train).lower(jax.random.key(1)).compile()
+    compiled = time.perf_counter()
+    jax.block_until_ready(train(jax.random.key(1)))
+    seconds = time.perf_counter() - compiled
+    speed = args.num_updates * args.batch_size / seconds
+    return {"steps_per_second": speed, "first_update_seconds": compiled - start}
+
+
+def script(total_timesteps: int, threads: int, /, flags: str = "", warm: bool = False) -> dict:
+    """A whole run of ppo_cartpole.py, from the start of its process to its end.
+
+    warm: what was compiled in an earlier run is found in the cache.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        command = [sys.executable, str(ROOT / "ppo_cartpole.py"), *flags.split()]
+        command += ["--eval-episodes", "1"]
+
+        def seconds(name: str, steps: int) -> float:
+            start = time.perf_counter()
+            more = ["--run-dir", f"{folder}/{name}", "--total-timesteps", str(steps)]
+            subprocess.run(command + more, check=True, capture_output=True, env=environment)
+            return time.perf_counter() - start
+
+        if warm:
+            seconds("before", 2 * ppo_cartpole.Args().batch_size)
+        return of_process(total_timesteps / seconds("run", total_timesteps))
+
+
+def of_process(speed: float) -> dict:
+    """What a contestant says whose work was done by processes that it started."""
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return {"steps_per_second": speed, "first_update_seconds": None, "memory_gb": memory}
+
+
+def rejax_process(total_timesteps: int, threads: int) -> dict:
+    """A whole run of rejax: a process that imports, compiles and trains."""
+    flags = f"cartpole --worker rejax --total-timesteps {total_timesteps} --threads 0"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, __file__, *flags.split()], check=True, capture_output=True)
+    return of_process(total_timesteps / (time.perf_counter() - start))
 
 
 def cartpoles(total_timesteps: int, threads: int) -> dict:
@@ -354,10 +427,33 @@ SUITES = {
             "sb3-default": Contestant(
                 "Stable-Baselines3 PPO, its default threads", sb3_cartpole, 0, cores=None
             ),
+            "rejax": Contestant("rejax PPO (JAX end to end)", rejax_cartpole, cores=None),
             "environments": Contestant("32 environments alone, Gymnasium", cartpoles, 1),
         },
-        ("ours", "ours-compile", "sb3", "environments"),
+        ("ours", "ours-compile", "sb3", "rejax", "environments"),
         100_000,
+        ppo_cartpole.Args().batch_size,
+    ),
+    "process": Suite(
+        "A million steps of CartPole-v1 at the defaults of ppo_cartpole.py, from the start of the "
+        "process to its end: imports, compiling, training, one episode of evaluation (none in "
+        "rejax). JAX end to end needs the environment in JAX: it runs CartPole so, but no MuJoCo, "
+        "no ALE, and no environment of your own in Gymnasium.",
+        "rejax",
+        {
+            "ours": Contestant("ppo_cartpole.py", script, 1),
+            "cold": Contestant(
+                "ppo_cartpole.py --compile, empty cache", partial(script, flags="--compile"), 1
+            ),
+            "warm": Contestant(
+                "ppo_cartpole.py --compile, compiled before",
+                partial(script, flags="--compile", warm=True),
+                1,
+            ),
+            "rejax": Contestant("rejax PPO (JAX end to end)", rejax_process, cores=None),
+        },
+        ("ours", "cold", "warm", "rejax"),
+        1_000_000,
         ppo_cartpole.Args().batch_size,
     ),
     "mujoco": Suite(
@@ -519,12 +615,15 @@ def report(name: str, rows: pd.DataFrame) -> str:
     suite = SUITES[name]
     there = set(rows["contestant"])
     note = f"{suite.note} Medians of {rows['round'].nunique()} rounds, ratios within a round (in "
-    note += "brackets the smallest and the largest); steps/s after the first update, which "
-    note += "contains compilation, from an empty cache; memory is the peak."
+    note += "brackets the smallest and the largest); "
+    if name != "process":
+        note += "steps/s after the first update, which contains compilation, from an empty cache; "
+    note += "memory is the peak."
     if suite.parts and {suite.contestants[key].title for key in suite.parts} < there:
         note += of_ceiling(suite, rows)
-    if "sbx" in suite.default and suite.contestants["sbx"].title not in there:
-        note += " SBX was not installed."
+    for key, package in PEERS.items():
+        if key in suite.default and suite.contestants[key].title not in there:
+            note += f" {package} was not installed."
     about = rows.loc[0, "started":]
     said = "; ".join(f"{key.replace('_', ' ')} {cell}" for key, cell in about.items())
     note = textwrap.fill(note, 120)
@@ -540,7 +639,8 @@ def compare(name: str, keys: list[str], rounds: int, total_timesteps: int, threa
     now = datetime.datetime.now().isoformat(timespec="seconds")
     about = {"started": now, "git_commit": git_commit()}
     packages = ["torch", "gymnasium", "envpool", "stable-baselines3"]
-    packages += ["sbx-rl", "jax"] if "sbx" in keys else []
+    for key, package in PEERS.items():
+        packages += [package, "jax"] if key in keys else []
     packages += ["ale-py"] if name == "atari" else []
     about |= {package: version(package) for package in packages}
     about |= {"python": sys.version.split()[0]} | machine()
@@ -586,7 +686,7 @@ def main(argv: list[str]) -> None:
         if args.worker:
             work(name, args.worker, steps, args.threads)
         else:
-            usual = [key for key in SUITES[name].default if key != "sbx" or find_spec("sbx")]
+            usual = [key for key in SUITES[name].default if key not in PEERS or find_spec(key)]
             compare(name, args.contestants or usual, args.rounds, steps, args.threads)
 
 
