@@ -221,7 +221,7 @@ def of_process(speed: float) -> dict:
 
 def rejax_process(total_timesteps: int, threads: int) -> dict:
     """A whole run of rejax: a process that imports, compiles and trains."""
-    flags = f"cartpole --worker rejax --total-timesteps {total_timesteps} --threads 0"
+    flags = f"cartpole --worker rejax --total-timesteps {total_timesteps}"
     start = time.perf_counter()
     subprocess.run([sys.executable, __file__, *flags.split()], check=True, capture_output=True)
     return of_process(total_timesteps / (time.perf_counter() - start))
