@@ -1,0 +1,234 @@
+"""The cross-entropy method (CEM): no gradient, only which candidates did best.
+
+Szita and Lorincz (2006), with the noise that shrinks of their Tetris player. In every generation
+
+    candidates: 200 weight vectors from N(mean, variance + extra), every weight on its own
+    returns:    one episode of each, with its deterministic policy
+    mean, variance <- those of the best 20%
+    extra  =  .01^2 max(0, 1 - generation / 150)
+
+Known, from Schulman's modular_rl: all numbers above, networks of 10 and 5 tanh units, a first
+variance of 1 around random initial weights, raw returns, an observation filter that all candidates
+share, clipped at +-5. A reading: that Figure 3 used them; the orthogonal initial weights; and the
+filter, which is renewed after each generation with all that its candidates saw, so that all of them
+play under the same one.
+
+A generation is 200 episodes. Where an episode has 1,000 steps that is 200,000 steps: a million
+steps are FIVE generations on HalfCheetah and Swimmer, a hundred on Reacher.
+
+Candidates play side by side: an environment whose episode has ended takes the next candidate. The
+run folder has them in their own order, one after another, as if there were one environment; or the
+last 100 episodes would be the longest ones. `update` in metrics.csv counts steps; there is a row
+per generation.
+
+    python benchmark/baselines/cem.py --env-id Hopper-v4
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import ppo_continuous as ppo
+from benchmark import baselines
+from ppo_continuous import Agent, UserError
+
+HIDDEN = (10, 5)
+
+
+@dataclass
+class Args(baselines.Args):
+    """The cross-entropy method over the weights of a deterministic policy."""
+
+    script: ClassVar[str] = "cem"
+    batch_size: ClassVar[int] = (
+        1  # a generation's steps are not known before: its updates are steps
+    )
+
+    num_envs: int = 50  # candidates that play side by side
+    candidates: int = 200  # of a generation
+    elite: float = 0.2  # the share of them that the next mean and variance are made of
+    std: float = 1.0  # the first deviation of every weight
+    extra_std: float = 0.01  # more deviation, in the first generations
+    extra_generations: int = 150  # until it is gone
+
+    @property
+    def num_updates(self) -> int:
+        return self.total_timesteps
+
+    @property
+    def num_elite(self) -> int:
+        return max(1, round(self.elite * self.candidates))
+
+
+class Search(nn.Module):
+    """A Gaussian over weight vectors [P], every weight on its own."""
+
+    def __init__(self, mean: Tensor, std: float):
+        super().__init__()
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("variance", torch.full_like(mean, std**2))
+
+    def draw(self, count: int, extra_variance: float, rng: torch.Generator) -> Tensor:
+        """Candidates [count, P]."""
+        noise = torch.randn(count, len(self.mean), generator=rng)
+        return self.mean + (self.variance + extra_variance).sqrt() * noise
+
+    def update(self, candidates: Tensor, returns: np.ndarray, num_elite: int) -> None:
+        """Move to the best of the candidates [C, P] by their returns [C]."""
+        best = np.argsort(returns, kind="stable")[-num_elite:]
+        chosen = candidates[torch.from_numpy(best)]
+        self.mean.copy_(chosen.mean(0))
+        self.variance.copy_(chosen.var(0, correction=0))
+
+
+def make_agent(args: Args, actors: ppo.Actors) -> Agent:
+    """The script's agent with a smaller policy; its value function and its sigma are not used."""
+    obs_dim = actors.envs.single_observation_space.shape[0]
+    ppo.seed_globals(ppo.stream(args.seed, "weights"))
+    agent = Agent(obs_dim, len(actors.low), args.obs_clip, log_std=0.0)
+    agent.actor = baselines.mlp(obs_dim, HIDDEN, len(actors.low), gain=0.1)
+    return agent
+
+
+def split_candidates(agent: Agent, candidates: Tensor) -> list[np.ndarray]:
+    """Candidates [C, P] -> the weights [C, U, D] and biases [C, 1, U] of every layer."""
+    shapes = [weight.shape for weight in agent.actor.parameters()]
+    parts = candidates.split([shape.numel() for shape in shapes], dim=1)
+    layers = []
+    for part, shape in zip(parts, shapes, strict=True):
+        rows = shape if len(shape) == 2 else (1, *shape)
+        layers.append(part.view(len(candidates), *rows).numpy())
+    return layers
+
+
+def filter_of(agent: Agent) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation [D] of the observations so far: copies, as the filter goes on."""
+    return agent.obs_stats.mean.numpy().copy(), agent.obs_stats.std.numpy().copy()
+
+
+def batched_policy(layers: list[np.ndarray], mean, std, obs_clip: float) -> Callable:
+    """The policies of N candidates, in NumPy: obs [N, D] -> actions [N, U], a row for each."""
+    play = ppo.numpy_policy(layers, mean, std, obs_clip, spread=0.0)
+    return lambda obs: play(obs[:, np.newaxis], 0.0)[:, 0]
+
+
+def check_policy(agent: Agent, candidates: Tensor) -> None:
+    """Raises UserError where batched_policy() does not play what Agent.policy does."""
+    mean, std = filter_of(agent)
+    obs = mean + ppo.trial_obs(len(mean), agent.obs_clip) * std
+    first = [layer[:1].repeat(len(obs), 0) for layer in split_candidates(agent, candidates)]
+    fast = batched_policy(first, mean, std, agent.obs_clip)(obs)
+    vector_to_parameters(candidates[0].clone(), agent.actor.parameters())
+    if not np.allclose(fast, ppo.act(agent, obs), rtol=1e-4, atol=1e-5):
+        raise UserError("batched_policy() does not play Agent.policy; change both alike")
+
+
+def play_generation(agent: Agent, candidates: Tensor, actors: ppo.Actors) -> tuple:
+    """One episode of each of C candidates: returns [C] and lengths [C].
+
+    The agent's filter takes in what they see; all of them play under the filter as it was before.
+    """
+    count = len(candidates)
+    layers = split_candidates(agent, candidates)
+    mean, std = filter_of(agent)
+    returns, lengths = np.zeros(count), np.zeros(count, int)
+    mine = np.arange(actors.num_envs)  # the candidate of each environment
+    following = actors.num_envs
+    playing = np.ones(actors.num_envs, bool)
+    changed = True
+    while playing.any():
+        if changed:
+            play = batched_policy([layer[mine] for layer in layers], mean, std, agent.obs_clip)
+        valid = playing & ~actors.ended  # the step after an end only resets
+        if valid.any():
+            agent.obs_stats.update(torch.from_numpy(actors.obs[valid]))
+        *_, episodes = actors.step(play(actors.obs))
+        for i, episode_return, length in episodes:
+            if playing[i]:
+                returns[mine[i]] = episode_return
+                lengths[mine[i]] = length
+                playing[i] = following < count
+                mine[i] = min(following, count - 1)
+                following += 1
+        changed = len(episodes) > 0
+    return returns, lengths
+
+
+@ppo.torch_threads(1)
+def train(args: Args) -> tuple[Agent, dict]:
+    """Generation after generation, then an evaluation of the mean. Returns agent and summary.
+
+    The last generation is played to its end, so there may be more steps than total_timesteps.
+    Raises UserError for bad input, and NonFiniteError where a number becomes NaN or infinite.
+    """
+    args, saved = baselines.load_resumed(args)
+    args = baselines.check_args(args)
+    if args.num_envs > args.candidates:
+        raise UserError(f"--num-envs must be at most --candidates, {args.candidates}")
+    actors = ppo.Actors(args, args.num_envs)
+    ppo.check_interface(args, actors.envs)
+    if actors.episode_limit is None:
+        raise UserError(f"{args.env_id} has no time limit: one candidate might play forever")
+    agent = make_agent(args, actors)
+    search = Search(parameters_to_vector(agent.actor.parameters()).detach(), args.std)
+    state = {"updates": 0, "transitions": 0, "generations": 0, "diverged_at": None}
+    rng = torch.Generator().manual_seed(ppo.stream(args.seed, "candidates"))
+    parts = {"agent": agent, "search": search, "candidate_rng": rng}
+    if saved is not None:
+        state = saved["state"]
+        ppo.restore(parts, saved)
+    run = baselines.Run(args, saved)
+    run.warm = run.started, state["updates"]  # nothing compiles: the first generation counts too
+
+    with contextlib.closing(actors), contextlib.closing(run):
+        while state["updates"] < args.total_timesteps:
+            # GENERATION
+            generation = state["generations"]
+            extra = args.extra_std**2 * max(0.0, 1 - generation / args.extra_generations)
+            with run.saving_work(state, parts):
+                candidates = search.draw(args.candidates, extra, rng)
+                actors.restart(ppo.stream(args.seed, "environments", generation))
+                returns, lengths = play_generation(agent, candidates, actors)
+                ppo.check_finite({"returns": torch.from_numpy(returns)}, generation + 1)
+            check_policy(agent, candidates)
+
+            # UPDATE
+            search.update(candidates, returns, args.num_elite)
+            vector_to_parameters(search.mean.clone(), agent.actor.parameters())
+
+            # LOG
+            steps = int(lengths.sum())
+            ends = lengths.cumsum() - steps  # places of the last steps, counted from the end
+            state["generations"] += 1
+            state["updates"] += steps
+            state["transitions"] += steps
+            best = np.sort(returns)[::-1]
+            charts = {
+                "generation": state["generations"],
+                "best_return": float(best[0]),
+                "elite_return": float(best[: args.num_elite].mean()),
+                "weight_std": search.variance.sqrt().mean().item(),
+            }
+            episodes = list(zip(ends.tolist(), returns.tolist(), lengths.tolist(), strict=True))
+            run.bar.update(steps - 1)
+            run.log(state["updates"], episodes, charts, {"kl_after_update": None})
+            ppo.save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
+    return agent, run.finish(state, ppo.evaluate(agent, args, run.path))
+
+
+parse_args = partial(baselines.parse_args, Args)
+load_run = partial(baselines.load_run, Args)
+
+
+if __name__ == "__main__":
+    ppo.main(lambda argv: train(parse_args(argv)))

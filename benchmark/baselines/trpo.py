@@ -1,0 +1,188 @@
+"""Trust Region Policy Optimization (TRPO): the largest gain within a given KL of the old policy.
+
+Schulman, Levine, Moritz, Jordan, Abbeel (2015), https://arxiv.org/abs/1502.05477. With r(theta) the
+ratio of the new policy's probability of an action to the old one's, an update solves (eqs. 3 and 4
+of the PPO paper)
+
+    maximise  L(theta) = mean of r(theta) A   subject to  mean of KL[old, new] <= delta
+
+to first order in L and to second order in the KL. With g the gradient of L and F the Hessian of the
+KL, the Fisher information, both at the old weights, the solution is the step
+
+    s = sqrt(2 delta / x'Fx) x      where  F x = g
+
+x is found by conjugate gradients, which need F only in products with vectors, and such a product is
+the gradient of a scalar: F v = grad of (grad KL . v). Neither expansion is exact, so the step is
+halved until the true KL and the true L agree: the line search.
+
+Known, from OpenAI's public code of the paper's time (baselines, trpo_mpi, July 2017): T, gamma,
+lambda, delta, ten iterations, the damping, Fisher products on every fifth row, the line search with
+its 1.5 delta, the fit of the value function. A reading: 64-64 networks, as PPO has in the paper
+(--hidden 32 is that code's size), the script's initial weights, and standardised advantages, which
+that code computes but uses only since a commit of the same month.
+
+In that code log sigma was missing from the trained weights until January 2018: sigma stayed 1.
+--std frozen does the same.
+
+    python benchmark/baselines/trpo.py --env-id Hopper-v4
+    python benchmark/baselines/trpo.py --env-id Reacher-v4 --std frozen
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import ppo_continuous as ppo
+from benchmark import baselines
+from benchmark.baselines import Batch, flat_gradient
+from ppo_continuous import Agent, UserError  # noqa: F401  for benchmark/sweep.py
+
+
+@dataclass
+class Args(baselines.RolloutArgs):
+    """TRPO for continuous actions."""
+
+    script: ClassVar[str] = "trpo"
+
+    num_steps: int = 1024
+    gae_lambda: float = 0.98
+    std: Literal["learned", "frozen"] = "learned"  # whether log sigma is trained, or stays 0
+    max_kl: float = 0.01  # delta
+    cg_iterations: int = 10  # of conjugate gradients
+    damping: float = 0.1  # this times the identity is added to F
+    fisher_every: int = 5  # F is that of every fifth row
+    backtracks: int = 10  # step sizes that the line search tries: 1, 1/2, 1/4, ...
+    value_epochs: int = 5
+    value_minibatch: int = 64
+    value_learning_rate: float = 1e-3  # Adam
+
+    @property
+    def name(self) -> str:
+        size = "" if self.hidden == 64 else f"-{self.hidden}"
+        return f"trpo-{self.std}{size}"
+
+
+def trained_weights(agent: Agent, args: Args) -> nn.ParameterList:
+    """The weights of the policy that an update may change."""
+    if args.std == "frozen":
+        return nn.ParameterList(agent.actor.parameters())
+    return baselines.policy_of(agent)
+
+
+def mean_kl(agent: Agent, batch: Batch) -> Tensor:
+    """The mean KL[old, new] over the batch."""
+    return ppo.kl_between(batch["mean"], batch["log_std"], *agent.policy(batch["obs"])).mean()
+
+
+def surrogate(agent: Agent, batch: Batch) -> Tensor:
+    """L: the mean of r A."""
+    log_prob = ppo.log_prob_of(*agent.policy(batch["obs"]), batch["actions"])
+    return ((log_prob - batch["log_prob"]).exp() * batch["advantages"]).mean()
+
+
+def fisher_product(agent: Agent, batch: Batch, weights, damping: float) -> Callable:
+    """The function v -> (F + damping I) v, for vectors [P].
+
+    The agent still has the old weights. There KL is 0 and has its minimum, so its Hessian is F.
+    """
+    slope = flat_gradient(mean_kl(agent, batch), weights, create_graph=True)
+
+    def product(v: Tensor) -> Tensor:
+        return flat_gradient(slope @ v, weights, retain_graph=True) + damping * v
+
+    return product
+
+
+def conjugate_gradient(product: Callable, b: Tensor, iterations: int) -> tuple[Tensor, float]:
+    """x with A x = b, where product(v) is A v; and what is left of it: |b - A x|^2.
+
+    Hestenes and Stiefel (1952).
+    """
+    x = torch.zeros_like(b)
+    residual = b.clone()
+    direction = b.clone()
+    square = residual @ residual
+    for _ in range(iterations):
+        if square < 1e-10:
+            break
+        image = product(direction)
+        step = square / (direction @ image)
+        x += step * direction
+        residual -= step * image
+        before, square = square, residual @ residual
+        direction = residual + square / before * direction
+    return x, square.item()
+
+
+def trust_region_step(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
+    """Change the policy by one step of TRPO, or not at all where no step size is accepted."""
+    weights = trained_weights(agent, args)
+    gain = surrogate(agent, batch)
+    g = flat_gradient(gain, weights)
+    some = {name: x[:: args.fisher_every] for name, x in batch.items()}
+    product = fisher_product(agent, some, weights, args.damping)
+    x, residual = conjugate_gradient(product, g, args.cg_iterations)
+    step = (2 * args.max_kl / (x @ product(x))).sqrt() * x
+    # where g is 0, this is NaN, and no comparison below is true: nothing changes
+
+    old = parameters_to_vector(weights).detach()
+    with torch.no_grad():
+        for backtracks in range(args.backtracks):
+            vector_to_parameters(old + 0.5**backtracks * step, weights)
+            new_gain = surrogate(agent, batch)
+            kl = mean_kl(agent, batch)
+            accepted = bool(kl <= 1.5 * args.max_kl and new_gain >= gain)
+            if accepted:
+                break
+    if not accepted:
+        vector_to_parameters(old, weights)
+        new_gain = gain
+    return {
+        "surrogate_gain": (new_gain - gain).item(),
+        "cg_residual": math.sqrt(residual),
+        "backtracks": backtracks,
+        "accepted": float(accepted),
+    }
+
+
+def make_optimizers(agent: Agent, args: Args) -> dict:
+    # one vector from the start, as every step will leave them: a resumed run rounds alike
+    ppo.one_vector(trained_weights(agent, args))
+    return {"value_optimizer": baselines.value_optimizer(agent, args.value_learning_rate)}
+
+
+def learn(parts: dict, batch: Batch, state: dict, args: Args) -> tuple[dict, dict]:
+    """A step of the policy, then the fit of the value function."""
+    agent = parts["agent"]
+    standardised = {"advantages": ppo.standardise(batch["advantages"])}
+    losses = trust_region_step(agent, batch | standardised, args)
+    losses["value_loss"] = baselines.fit_value(
+        agent,
+        parts["value_optimizer"],
+        batch,
+        args.value_epochs,
+        args.value_minibatch,
+        parts["minibatch_rng"],
+    )
+    return {}, losses
+
+
+parse_args = partial(baselines.parse_args, Args)
+load_run = partial(baselines.load_run, Args)
+
+
+def train(args: Args) -> tuple[Agent, dict]:
+    return baselines.train(args, make_optimizers, learn)
+
+
+if __name__ == "__main__":
+    ppo.main(lambda argv: train(parse_args(argv)))

@@ -1,0 +1,106 @@
+"""Vanilla policy gradient with a step size that follows the KL.
+
+One step of Adam per batch, along the policy gradient (eq. 1 of the PPO paper)
+
+    g = mean of  grad log pi(a|s) A
+
+and after it, by how far the policy has moved, another step size for the next batch:
+
+    KL[old, new] > 2 d_targ:    step size / 1.5
+    KL[old, new] < d_targ / 2:  step size x 1.5
+
+The paper says that the step size followed the KL by a rule similar to that of its Section 4, and
+names a homework of Berkeley's course (cs294-112, hw4), which has this rule. The nearest public
+code of that time is baselines' acktr_cont (August 2017). Known from the two: the rule, d_targ
+.002, a first step size of 1e-3 (the homework), gamma, lambda, batches of 2,500 steps, standardised
+advantages (both), a step size kept within [1e-8, 1] (acktr_cont, later). A reading: Adam where
+acktr_cont has K-FAC, batches of 2,500 steps where it has whole episodes, and a value function
+fitted as TRPO's in that repository.
+
+    python benchmark/baselines/vpg.py --env-id Hopper-v4
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import ppo_continuous as ppo
+from benchmark import baselines
+from benchmark.baselines import Batch, flat_gradient
+from ppo_continuous import Agent, UserError  # noqa: F401  for benchmark/sweep.py
+
+
+@dataclass
+class Args(baselines.RolloutArgs):
+    """Vanilla policy gradient for continuous actions, with an adaptive step size."""
+
+    script: ClassVar[str] = "vpg"
+
+    num_steps: int = 2500
+    gae_lambda: float = 0.97
+    learning_rate: float = 1e-3  # Adam's first step size
+    kl_target: float = 0.002  # d_targ: how far an update should go
+    value_epochs: int = 5
+    value_minibatch: int = 64
+    value_learning_rate: float = 1e-3  # Adam
+
+
+def adapt_step_size(learning_rate: float, kl: float, kl_target: float) -> float:
+    """The step size of the next update."""
+    if kl > 2 * kl_target:
+        learning_rate /= 1.5
+    elif kl < kl_target / 2:
+        learning_rate *= 1.5
+    return min(max(learning_rate, 1e-8), 1.0)
+
+
+def make_optimizers(agent: Agent, args: Args) -> dict:
+    weights = ppo.one_vector(baselines.policy_of(agent))
+    return {
+        "optimizer": torch.optim.Adam([weights], args.learning_rate, fused=True),
+        "value_optimizer": baselines.value_optimizer(agent, args.value_learning_rate),
+    }
+
+
+def learn(parts: dict, batch: Batch, state: dict, args: Args) -> tuple[dict, dict]:
+    """A step of the policy, another step size, then the fit of the value function."""
+    agent = parts["agent"]
+    group = parts["optimizer"].param_groups[0]
+    (weights,) = group["params"]
+    log_prob = ppo.log_prob_of(*agent.policy(batch["obs"]), batch["actions"])
+    loss = -(log_prob * ppo.standardise(batch["advantages"])).mean()
+    weights.grad = flat_gradient(loss, baselines.policy_of(agent))
+    parts["optimizer"].step()
+
+    learning_rate = group["lr"]
+    with torch.no_grad():
+        new = agent.policy(batch["obs"])
+        kl = ppo.kl_between(batch["mean"], batch["log_std"], *new).mean().item()
+    group["lr"] = adapt_step_size(learning_rate, kl, args.kl_target)
+    value_loss = baselines.fit_value(
+        agent,
+        parts["value_optimizer"],
+        batch,
+        args.value_epochs,
+        args.value_minibatch,
+        parts["minibatch_rng"],
+    )
+    losses = {"policy_loss": loss.item(), "grad_norm": weights.grad.norm().item()}
+    return {"learning_rate": learning_rate}, losses | {"value_loss": value_loss}
+
+
+parse_args = partial(baselines.parse_args, Args)
+load_run = partial(baselines.load_run, Args)
+
+
+def train(args: Args) -> tuple[Agent, dict]:
+    return baselines.train(args, make_optimizers, learn)
+
+
+if __name__ == "__main__":
+    ppo.main(lambda argv: train(parse_args(argv)))

@@ -1,0 +1,458 @@
+"""The paper's Figure 3: PPO beside the algorithms that the paper compares it with, 1M steps each.
+
+    python benchmark/figure3.py                   # what is missing: hours on two cores
+    python benchmark/figure3.py --report          # the report alone, from the CSVs
+    python benchmark/figure3.py --tasks Hopper Swimmer --algorithms trpo-frozen cem --seeds 1 2
+    python benchmark/figure3.py --engine ray      # on a Ray cluster; see requirements-ray.txt
+
+A cell is a task, an algorithm and a seed: one process of a file of benchmark/baselines/, a row of
+runs.csv. There is one such process on each core. Whatever stops this command, the same command goes
+on from the last checkpoints and ends with the same numbers. PPO is not run here: its rows are those
+of clip:0.2 in benchmark/results/table1/, whatever seeds are there.
+
+Results are benchmark/results/figure3/: runs.csv and curves.csv, from which the report makes
+summary.md and the pictures. It says what is missing.
+"""
+
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark import Parser, UserError, cli, grids, markdown, number, plot, positive, scores, sweep
+from benchmark.grids import TASKS
+from benchmark.sweep import PACKAGES, ROOT, Call, Layout
+
+
+class Algorithm(NamedTuple):
+    trainer: str  # a file of benchmark/baselines/
+    flags: str
+    paper: str  # as figure3_final.csv calls it
+    curve: str  # as figure3_mujoco_curves.json calls it
+    title: str
+
+
+PPO = Algorithm("", "", "PPO (clip)", "PPO(Clip)", "PPO (clip)")
+ALGORITHMS = {
+    "trpo-frozen": Algorithm("trpo", "--std frozen", "TRPO", "TRPO", "TRPO"),
+    "trpo-learned": Algorithm("trpo", "--std learned", "TRPO", "TRPO", "TRPO"),
+    "trpo-learned-32": Algorithm("trpo", "--std learned --hidden 32", "TRPO", "TRPO", "TRPO"),
+    "vpg": Algorithm("vpg", "", "Vanilla PG adaptive", "VPG-adapt", "Vanilla PG, adaptive"),
+    "a2c": Algorithm("a2c", "", "A2C", "A2C", "A2C"),
+    "a2c-tr": Algorithm("a2c", "--trust-region", "A2C + TR", "A2C+TR", "A2C + trust region"),
+    "cem": Algorithm("cem", "", "CEM", "CEM", "CEM"),
+}
+WITH_PPO = {"ppo": PPO} | ALGORITHMS
+OTHERS = ["vpg", "a2c", "a2c-tr", "cem"]
+LINE_UPS = {"frozen": ["ppo", "trpo-frozen", *OTHERS], "learned": ["ppo", "trpo-learned", *OTHERS]}
+DRAWS = 10_000  # of the bootstrap
+
+
+def measure(facts: dict, metrics: pd.DataFrame, folder: Path) -> dict:
+    """updates, of CEM the generations; kl_median and kl_max."""
+    return grids.kl_of_updates(facts, metrics, folder) | {"updates": len(metrics)}
+
+
+COLUMNS = "env_id algorithm seed total_timesteps transitions updates last_100_return"
+COLUMNS += " eval_return_mean eval_return_std eval_episodes kl_median kl_max"
+COLUMNS += " wall_seconds sps started git_commit cpu cores python"
+LAYOUT = Layout(
+    key=("env_id", "algorithm", "seed"),
+    columns=(*COLUMNS.split(), *PACKAGES, "command"),
+    curves={"episodic_return": plot.RETURN, "kl": "losses/kl_after_update"},
+    order={"env_id": TASKS, "algorithm": list(WITH_PPO)},
+    measure=measure,
+)
+
+
+# ------------------------------------------------------------------------------------------ RUNS
+class Grid(NamedTuple):
+    """Every combination of these, in this order."""
+
+    tasks: list[str]
+    algorithms: list[str]
+    seeds: list[int]
+
+    @property
+    def cells(self) -> list[tuple[str, str, int]]:
+        return list(itertools.product(*self))
+
+
+def call_of(cell: tuple[str, str, int], total_timesteps: int, runs: str) -> Call:
+    task, name, seed = cell
+    algorithm = ALGORITHMS[name]
+    flags = [*grids.environment(task), *algorithm.flags.split(), "--seed", str(seed)]
+    flags += [
+        "--total-timesteps",
+        str(total_timesteps),
+        "--run-dir",
+        f"{runs}/{task}/{name}__{seed}",
+    ]
+    return Call(f"benchmark.baselines.{algorithm.trainer}", tuple(flags), {"algorithm": name})
+
+
+def plan(grid: Grid, table: sweep.Table, total_timesteps: int) -> list[Call]:
+    """The calls for all cells that the table lacks, those of the first seeds first.
+
+    Raises UserError where a cell is there that was made with other flags.
+    """
+    made = table.runs.set_index(list(LAYOUT.key))["command"]
+    calls = []
+    for cell in sorted(grid.cells, key=lambda cell: cell[2]):
+        call = call_of(cell, total_timesteps, f"runs/{table.folder.name}")
+        if cell not in table.cells:
+            calls.append(call)
+        elif made[cell[0], cell[1], str(cell[2])] != call.command:
+            what = f"{table.folder} holds a run of other settings than {call.command}"
+            raise UserError(f"{what}; give other --results")
+    return calls
+
+
+def complete(grid: Grid, folder: Path, total_timesteps: int, engine) -> None:
+    """Run what the CSVs of this folder lack of the grid. Raises UserError."""
+    with sweep.alone(folder):
+        table = sweep.Table(folder, LAYOUT)
+        sweep.run(plan(grid, table, total_timesteps), engine, lambda call: table)
+
+
+# ----------------------------------------------------------------------------------------- SCORES
+def read_ppo(folder: Path) -> sweep.Rows:
+    """The rows of clip:0.2 in a folder of benchmark/table1.py, none where there is no such file."""
+    found = []
+    for name in ("runs.csv", "curves.csv"):
+        rows = pd.DataFrame(columns=[*grids.LAYOUT.columns, "global_step", "episodic_return"])
+        if (folder / name).exists():
+            rows = sweep.read(folder / name)
+        rows = rows[rows["objective"] == "clip:0.2"]
+        found.append(rows.assign(algorithm="ppo"))
+    return sweep.Rows(*found)
+
+
+def returns_of(runs: pd.DataFrame) -> dict[tuple[str, str], np.ndarray]:
+    """(task, algorithm) -> last_100_return of its seeds; a run without an episode is left out."""
+    numbers = sweep.numbers(runs["last_100_return"]).dropna()
+    return {
+        cell: mine.to_numpy() for cell, mine in numbers.groupby([runs["env_id"], runs["algorithm"]])
+    }
+
+
+def paper_ends() -> pd.Series:
+    """The ends of the paper's curves, by task (-v4) and the paper's name of the algorithm."""
+    ends = pd.read_csv(ROOT / "benchmark/paper/figure3_final.csv")
+    ends["task"] += "-v4"
+    return ends.set_index(["task", "algorithm"])["final"]
+
+
+def with_interval(x: np.ndarray) -> str:
+    """The mean of the seeds, with its bootstrap 95% interval where there are several."""
+    mean, low, high = scores.mean_interval(x)
+    return number(mean) + f" [{number(low)}, {number(high)}]" * (len(x) > 1)
+
+
+def rank_of_first(means: np.ndarray) -> np.ndarray:
+    """means [K, ...] of K algorithms -> the rank of the first of them, 1 for the highest: [...]"""
+    return 1 + (means[1:] > means[0]).sum(0)
+
+
+def resampled_means(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """x [S seeds] -> the means of DRAWS resamples of the seeds, [DRAWS]"""
+    return x[rng.integers(len(x), size=(DRAWS, len(x)))].mean(1)
+
+
+def ranks_of_ppo(returns: list[np.ndarray], rng: np.random.Generator) -> tuple[int, np.ndarray]:
+    """The returns of several algorithms on a task, PPO's first -> PPO's rank, and in each resample.
+
+    The seeds of every algorithm are drawn on their own.
+    """
+    means = np.array([x.mean() for x in returns])
+    draws = np.array([resampled_means(x, rng) for x in returns])
+    return int(rank_of_first(means)), rank_of_first(draws)
+
+
+# ---------------------------------------------------------------------------------------- REPORT
+def tell_missing(runs: pd.DataFrame, grid: Grid, seeds_of_ppo: dict[str, int]) -> str:
+    """How many of the runs are in, and which are not."""
+    there = set(zip(runs["env_id"], runs["algorithm"], runs["seed"].astype(int), strict=True))
+    tasks_without = {}  # (algorithm, seeds) -> tasks
+    for task, name in itertools.product(grid.tasks, grid.algorithms):
+        seeds = [str(seed) for seed in grid.seeds if (task, name, seed) not in there]
+        if seeds:
+            tasks_without.setdefault((name, " ".join(seeds)), []).append(task)
+    missing = ""
+    for (name, seeds), tasks in tasks_without.items():
+        missing += f"- `{name}`, seeds {seeds}: {', '.join(tasks)}\n"
+    without_ppo = [task for task in grid.tasks if task not in seeds_of_ppo]
+    if without_ppo:
+        missing += f"- PPO, which benchmark/table1.py runs: {', '.join(without_ppo)}\n"
+
+    count = sum(cell in there for cell in grid.cells)
+    text = f"{len(grid.tasks)} tasks x {len(grid.algorithms)} algorithms x {len(grid.seeds)} seeds"
+    if count == len(grid.cells):
+        text = f"All {count} runs are in: {text}."
+    else:
+        text = f"**PARTIAL: {count} of {len(grid.cells)} runs are in: {text}.**"
+    if missing:
+        text += f" Missing:\n\n{missing}"
+    counts = ", ".join(
+        f"{task} {seeds_of_ppo[task]}" for task in grid.tasks if task in seeds_of_ppo
+    )
+    return text + f"\nSeeds of PPO: {counts or 'none'}.\n\n"
+
+
+def tell_returns(returns: dict, grid: Grid, ends: pd.Series) -> str:
+    table = []
+    for name in ("ppo", *grid.algorithms):
+        row = {"algorithm": f"`{name}`"}
+        for task in grid.tasks:
+            cell = []
+            if (task, name) in returns:
+                cell.append(with_interval(returns[task, name]))
+            if (task, WITH_PPO[name].paper) in ends:
+                cell.append(f"paper {number(ends[task, WITH_PPO[name].paper])}")
+            row[task] = "<br>".join(cell)
+        table.append(row)
+    return f"""## Returns
+
+The return of the last 100 episodes, the mean over seeds and its bootstrap 95% interval; below it \
+the end of the paper's
+curve (-v1). From so few seeds the intervals come out too narrow rather than too wide.
+
+{markdown(table)}
+![Learning curves](curves.png)
+
+Means over seeds with bootstrap 95% intervals. Beside the paper's curves, dashed and grey:
+
+![Learning curves beside the paper's](beside.png)
+
+"""
+
+
+def tell_ranks(returns: dict, grid: Grid, ends: pd.Series) -> str:
+    """PPO's rank on each task, beside TRPO with sigma frozen and beside TRPO with sigma learned."""
+    theirs = ["PPO (clip)", *dict.fromkeys(a.paper for a in ALGORITHMS.values())]
+    table, first_in_paper = [], 0
+    rng = np.random.default_rng(0)
+    firsts = {name: [] for name in LINE_UPS}  # per task: whether PPO is first, and in each draw
+    for task in grid.tasks:
+        row = {"task": task, "the paper": ""}
+        if task in ends:
+            rank = rank_of_first(ends[task][theirs].to_numpy())
+            first_in_paper += rank == 1
+            row["the paper"] = f"{rank} of {len(theirs)}"
+        for name, line_up in LINE_UPS.items():
+            column = f"TRPO's sigma {name}"
+            missing = [other for other in line_up if (task, other) not in returns]
+            row[column] = f"without {', '.join(missing)}"
+            if not missing:
+                rank, draws = ranks_of_ppo([returns[task, other] for other in line_up], rng)
+                firsts[name].append((rank == 1, draws == 1))
+                low, high = scores.interval(draws).round().astype(int)
+                row[column] = f"{rank} of {len(line_up)} [{low}, {high}]; "
+                row[column] += f"first in {(draws == 1).mean():.0%} of the resamples"
+        table.append(row)
+    last = {"task": "**PPO first**", "the paper": f"{first_in_paper} tasks"}
+    for name, mine in firsts.items():
+        last[f"TRPO's sigma {name}"] = ""
+        if mine:
+            low, high = scores.interval(sum(draws.astype(int) for _, draws in mine))
+            count = sum(first for first, _ in mine)
+            text = f"{count} of {len(mine)} tasks [{low:.0f}, {high:.0f}]"
+            last[f"TRPO's sigma {name}"] = text
+    return f"""## Where PPO stands
+
+PPO's rank by the mean return of the last 100 episodes, 1 for the highest, and its bootstrap 95% \
+interval; the other
+algorithms are vanilla policy gradient, A2C, A2C with a trust region and CEM.
+
+{markdown([*table, last])}
+"""
+
+
+def tell_disagreements(returns: dict, grid: Grid, ends: pd.Series) -> str:
+    """Where each algorithm ends farthest from the paper's curve."""
+    table = []
+    for name in ("ppo", *grid.algorithms):
+        far = {}  # task -> how far, in units of what lies between the paper's best and worst
+        for task in grid.tasks:
+            if (task, name) in returns and task in ends:
+                apart = returns[task, name].mean() - ends[task, WITH_PPO[name].paper]
+                far[task] = apart / (ends[task].max() - ends[task].min())
+        if far:
+            task = max(far, key=lambda task: abs(far[task]))
+            row = {"algorithm": f"`{name}`", "task": task}
+            row["ours"] = with_interval(returns[task, name])
+            row["the paper"] = number(ends[task, WITH_PPO[name].paper])
+            table.append(row | {"apart": f"{far[task]:+.0%}"})
+    if not table:
+        return ""
+    return f"""## The largest disagreement of each algorithm
+
+In percent of the distance between the paper's best and worst algorithm on that task.
+
+{markdown(table)}
+"""
+
+
+def tell_generations(runs: pd.DataFrame, grid: Grid) -> str:
+    table = []
+    mine = runs[runs["algorithm"] == "cem"]
+    for task, rows in mine.groupby("env_id", sort=False):
+        updates = sweep.numbers(rows["updates"])
+        steps = sweep.numbers(rows["total_timesteps"])
+        row = {"task": task, "generations": f"{updates.median():.0f}"}
+        row |= {"fewest": f"{updates.min():.0f}", "most": f"{updates.max():.0f}"}
+        table.append(row | {"steps of a generation": f"{(steps / updates).median():,.0f}"})
+    if not table:
+        return ""
+    return f"""## CEM's generations
+
+A generation is an episode of each of 200 candidates. Medians over seeds.
+
+{markdown(table)}
+"""
+
+
+def tell_updates(runs: pd.DataFrame, grid: Grid) -> str:
+    table = []
+    for name in [name for name in grid.algorithms if name != "cem"]:
+        row = {"algorithm": f"`{name}`"}
+        for task in grid.tasks:
+            mine = runs[(runs["algorithm"] == name) & (runs["env_id"] == task)]
+            kls = sweep.numbers(mine["kl_median"])
+            largest = sweep.numbers(mine["kl_max"]).max()
+            row[task] = f"{kls.median():.2g} ({largest:.2g})" if len(kls) else ""
+        table.append(row)
+    if not table:
+        return ""
+    return f"""## How far an update goes
+
+KL[old, new] of an update: median, and in brackets the largest of all.
+
+{markdown(table)}
+"""
+
+
+def tell_origin(runs: pd.DataFrame) -> str:
+    """Commands, one for each algorithm; time, versions."""
+    text = "## Where this is from\n\n"
+    same = r"--env-id \S+|--seed \d+|--run-dir \S+"
+    shown = {"--env-id": "--env-id TASK", "--seed": "--seed S"}
+    commands = [
+        re.sub(same, lambda match: shown.get(match[0].split()[0], ""), command).strip()
+        for command in runs["command"]
+    ]
+    text += "".join(f"    {command}\n" for command in dict.fromkeys(commands))
+    hours = sweep.numbers(runs["wall_seconds"]).sum() / 3600
+    text += f"\nThese runs trained for {hours:.2f} hours in all, "
+    text += f"{sweep.on_the_clock(runs) / 3600:.2f} on the clock where none was interrupted. "
+    names = ("started", "python", *PACKAGES, "git_commit", "cpu", "cores")
+    text += sweep.listed(runs, names) + ". PPO's runs are in benchmark/results/table1/.\n"
+    return text
+
+
+def draw(folder: Path, points: pd.DataFrame, grid: Grid) -> None:
+    """curves.png, a panel per task as in the paper; beside.png, one per task and algorithm."""
+    figure3 = json.loads((ROOT / "benchmark/paper/figure3_mujoco_curves.json").read_text())
+    points = points.assign(episodic_return=sweep.numbers(points["episodic_return"]))
+    curves = plot.gather(points, "env_id", "algorithm", "episodic_return")
+    lines = list(WITH_PPO)
+
+    def mine(task: str, names: list[str]) -> plot.Groups:
+        """What can be drawn: a curve has two points."""
+        groups = {}
+        for name in names:
+            seeds = [curve for curve in curves.get(task, {}).get(name, []) if len(curve[0]) > 1]
+            if seeds:
+                groups[name] = seeds
+        return groups
+
+    figure, axes = plot.sheet(len(grid.tasks), 4, (3.2, 2.7))
+    for ax, task in zip(axes, grid.tasks, strict=True):
+        plot.curves(ax, mine(task, ["ppo", *grid.algorithms]), lines)
+        ax.set(title=task, xlabel="", ylabel="")
+    plot.legend(figure, "upper", ncols=8, fontsize="small")
+    figure.savefig(folder / "curves.png", dpi=90)
+
+    columns = {}  # title -> the algorithms in it
+    for name in ("ppo", *grid.algorithms):
+        columns.setdefault(WITH_PPO[name].title, []).append(name)
+    size = (2.6, 2.1)
+    figure, axes = plot.sheet(len(grid.tasks) * len(columns), len(columns), size, sharey="row")
+    panels = itertools.product(grid.tasks, columns.items())
+    for ax, (task, (title, names)) in zip(axes, panels, strict=True):
+        plot.curves(ax, mine(task, names), lines)
+        theirs = figure3.get(task.replace("-v4", "-v1"), {}).get(WITH_PPO[names[0]].curve)
+        if theirs:
+            ax.plot(*np.array(theirs["line"]).T, "--", color="0.4", linewidth=1, label="the paper")
+        first_row, first_column = task == grid.tasks[0], names[0] == "ppo"
+        ax.set(xlabel="", ylabel=task if first_column else "", title=title if first_row else "")
+    plot.legend(figure, "upper", ncols=9, fontsize="small")
+    figure.savefig(folder / "beside.png", dpi=90)
+
+
+def report(folder: Path, ppo_folder: Path, grid: Grid) -> None:
+    """Write summary.md and the pictures from the CSVs; the same CSVs give the same bytes.
+
+    Raises UserError where there is no run.
+    """
+    table = sweep.Table(folder, LAYOUT)
+    runs = table.runs[table.runs["env_id"].isin(grid.tasks)]
+    runs = runs[runs["algorithm"].isin(grid.algorithms)]
+    if runs.empty:
+        raise UserError(f"{folder / 'runs.csv'} has no run yet; run figure3.py without --report")
+    seeds = {*grid.seeds, *runs["seed"].astype(int)}  # also what was not asked for
+    grid = grid._replace(seeds=sorted(seeds))
+    ppo = read_ppo(ppo_folder)
+    returns = returns_of(pd.concat([ppo.runs, runs], ignore_index=True))
+    ends = paper_ends()
+    text = "# Figure 3\n\n"
+    text += tell_missing(runs, grid, ppo.runs.groupby("env_id").size().to_dict())
+    text += (
+        "Every run is a row of [runs.csv](runs.csv), its curve is in [curves.csv](curves.csv).\n\n"
+    )
+    text += tell_returns(returns, grid, ends)
+    text += tell_ranks(returns, grid, ends)
+    text += tell_disagreements(returns, grid, ends)
+    text += tell_generations(runs, grid)
+    text += tell_updates(runs, grid)
+    text += tell_origin(runs)
+    draw(folder, pd.concat([ppo.curves, table.curves]), grid)
+    (folder / "summary.md").write_text(text)
+
+
+# ------------------------------------------------------------------------------------------ MAIN
+def main(argv: list[str]) -> None:
+    parser = Parser("Run what is missing of the paper's Figure 3, and report it.")
+    add = parser.add_argument
+    add("--tasks", nargs="+", default=TASKS, help="environment ids; without a version -v4")
+    what = "what to run beside PPO"
+    add("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS), help=what)
+    what = "runs of every task and algorithm"
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help=what)
+    add("--total-timesteps", type=positive, default=1_000_000, help="of every run")
+    add("--results", type=Path, default=ROOT / "benchmark/results/figure3", help="folder")
+    what = "folder of PPO's runs.csv and curves.csv"
+    add("--ppo", type=Path, default=ROOT / "benchmark/results/table1", help=what)
+    sweep.add_flags(parser, jobs=None)
+    args = parser.parse_args(argv)
+    tasks = [task if "-v" in task else f"{task}-v4" for task in args.tasks]
+    grid = Grid(
+        sweep.known_first(tasks, TASKS),
+        sweep.known_first(args.algorithms, list(ALGORITHMS)),
+        sorted(set(args.seeds)),
+    )
+    if not args.report:
+        engine = sweep.choose_engine(args, len(sweep.CORES))
+        complete(grid, args.results, args.total_timesteps, engine)
+    report(args.results, args.ppo, grid)
+    print(args.results / "summary.md")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,580 @@
+"""benchmark/baselines/ and benchmark/figure3.py: the mathematics by hand, tiny runs, the report."""
+
+import copy
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+import ppo_continuous as ppo
+from benchmark import UserError, baselines, figure3, sweep
+from benchmark.baselines import a2c, cem, trpo, vpg
+
+PENDULUM = "--env-id InvertedPendulum-v4 --env-backend envpool --eval-episodes 1"
+MODULES = {"trpo": trpo, "vpg": vpg, "a2c": a2c, "cem": cem}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in main() of the scripts: the bits of orthogonal weights depend on the number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_agent(hidden: int = 64, seed: int = 0) -> ppo.Agent:
+    """Three observations, two actions; mean actions that differ."""
+    torch.manual_seed(seed)
+    agent = ppo.Agent(3, 2, obs_clip=5.0, log_std=-0.3)
+    agent.actor = baselines.mlp(3, (hidden, hidden), 2, gain=1.0)
+    agent.critic = baselines.mlp(3, (hidden, hidden), 1, gain=1.0)
+    return agent
+
+
+@torch.no_grad()
+def make_batch(agent: ppo.Agent, rows: int = 160, scale: float = 1.0) -> dict[str, Tensor]:
+    """A batch of this agent's own actions, with advantages and returns that mean nothing."""
+    obs = torch.randn(rows, 3, dtype=torch.float64)
+    mean, log_std = agent.policy(obs)
+    actions = mean + log_std.exp() * torch.randn(rows, 2)
+    return {
+        "obs": obs,
+        "actions": actions,
+        "mean": mean,
+        "log_std": log_std,
+        "log_prob": ppo.log_prob_of(mean, log_std, actions),
+        "values": agent.value(obs),
+        "advantages": scale * torch.randn(rows),
+        "returns": torch.randn(rows),
+        "valid": torch.ones(rows, dtype=torch.bool),
+    }
+
+
+def run(name: str, flags: str, folder: Path) -> dict:
+    """Train. Returns the summary."""
+    module = MODULES[name]
+    return module.train(module.parse_args([*flags.split(), "--run-dir", str(folder)]))[1]
+
+
+def rows(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------ TRPO
+class MeanKL(nn.Module):
+    def __init__(self, agent: ppo.Agent):
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, batch):
+        return trpo.mean_kl(self.agent, batch)
+
+
+@pytest.mark.parametrize("std", ["learned", "frozen"])
+def test_fisher_product_is_that_of_the_hessian_of_the_kl(std):
+    agent = make_agent(hidden=3)
+    batch = make_batch(agent)
+    weights = trpo.trained_weights(agent, trpo.Args(std=std))
+    product = trpo.fisher_product(agent, batch, weights, damping=0.1)
+    count = len(parameters_to_vector(weights))
+    assert count == (3 * 3 + 3) + (3 * 3 + 3) + (3 * 2 + 2) + (2 if std == "learned" else 0)
+
+    module = MeanKL(agent)
+    names = {id(weight): name for name, weight in module.named_parameters()}
+    mine = {names[id(weight)]: weight for weight in weights}
+
+    def kl(vector: Tensor) -> Tensor:
+        parts = vector.split([weight.numel() for weight in mine.values()])
+        given = {name: part.view_as(mine[name]) for name, part in zip(mine, parts, strict=True)}
+        return torch.func.functional_call(module, given, (batch,))
+
+    hessian = torch.autograd.functional.hessian(kl, parameters_to_vector(weights).detach())
+    assert hessian.abs().max() > 0.1
+    for v in torch.randn(5, count):
+        expected = hessian @ v + 0.1 * v
+        torch.testing.assert_close(product(v), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_conjugate_gradient_is_a_direct_solution():
+    root = torch.randn(10, 10, dtype=torch.float64)
+    matrix = root @ root.T + torch.eye(10)
+    b = torch.randn(10, dtype=torch.float64)
+    x, residual = trpo.conjugate_gradient(lambda v: matrix @ v, b, iterations=20)
+    torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-4, atol=1e-4)
+    assert residual < 1e-10
+    few, left = trpo.conjugate_gradient(lambda v: matrix @ v, b, iterations=3)
+    assert left == pytest.approx((b - matrix @ few).square().sum().item(), rel=1e-6)
+    assert left > residual
+
+
+@pytest.mark.parametrize("std", ["learned", "frozen"])
+@pytest.mark.parametrize("max_kl", [0.01, 1.0, 1000.0])
+def test_no_step_goes_farther_than_the_line_search_allows(max_kl, std):
+    args = trpo.Args(std=std, max_kl=max_kl, backtracks=3)
+    kls = []
+    for seed in range(4):
+        agent = make_agent(hidden=16, seed=seed)
+        batch = make_batch(agent)
+        before = copy.deepcopy(agent.state_dict())
+        told = trpo.trust_region_step(agent, batch, args)
+        after = agent.state_dict()
+        kl = trpo.mean_kl(agent, batch).item()
+        kls.append(kl)
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        if told["accepted"]:
+            assert 0 < kl <= 1.5 * max_kl and told["surrogate_gain"] >= 0
+            assert ("log_std" in changed) == (std == "learned")
+            assert not [name for name in changed if name.startswith("critic")]
+        else:
+            assert changed == [] and told["surrogate_gain"] == 0
+    if max_kl == 0.01:  # so small that both expansions hold: the step has the length it was given
+        assert kls == pytest.approx([0.01] * 4, rel=0.6)
+
+
+def test_a_step_that_is_not_accepted_is_taken_back():
+    """One size, far beyond where the expansions hold; and then no gradient at all."""
+    agent = make_agent(hidden=16)
+    batch = make_batch(agent)
+    before = copy.deepcopy(agent.state_dict())
+    told = trpo.trust_region_step(agent, batch, trpo.Args(max_kl=1e6, backtracks=1))
+    assert (told["accepted"], told["surrogate_gain"]) == (0.0, 0.0)
+    batch["advantages"] = torch.zeros(len(batch["obs"]))  # no gradient: the step is 0 / 0
+    told = trpo.trust_region_step(agent, batch, trpo.Args())
+    assert (told["accepted"], told["surrogate_gain"]) == (0.0, 0.0)
+    assert all(torch.equal(before[name], x) for name, x in agent.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------- VPG
+def test_the_step_size_follows_the_kl():
+    assert vpg.adapt_step_size(3e-3, 0.0041, 0.002) == pytest.approx(2e-3)
+    assert vpg.adapt_step_size(2e-3, 0.0009, 0.002) == pytest.approx(3e-3)
+    for kl in (0.0039, 0.0011):
+        assert vpg.adapt_step_size(2e-3, kl, 0.002) == 2e-3
+    assert vpg.adapt_step_size(1e-8, 1.0, 0.002) == 1e-8
+    assert vpg.adapt_step_size(1.0, 0.0, 0.002) == 1.0
+
+
+def test_vpg_takes_the_gradient_of_ppos_pg_objective():
+    """eq. 2 in ppo_continuous.py, with the policy's weights alone."""
+    agent = make_agent(hidden=8)
+    batch = make_batch(agent)
+    args = vpg.Args(value_epochs=1)
+    rng = torch.Generator().manual_seed(0)
+    parts = {"agent": agent, "minibatch_rng": rng, **vpg.make_optimizers(agent, args)}
+    flags = ppo.Args(norm_adv="minibatch", vf_coef=0.0, max_grad_norm=float("inf"))
+    expected, _ = ppo.gradient(agent, batch, ppo.parse_objective("pg"), 0.0, flags)
+    before = {name: x.clone() for name, x in agent.state_dict().items()}
+    charts, _ = vpg.learn(parts, batch, {}, args)
+    (weights,) = parts["optimizer"].param_groups[0]["params"]
+    torch.testing.assert_close(weights.grad, expected[: len(weights)])
+    changed = {name for name, x in agent.state_dict().items() if not torch.equal(before[name], x)}
+    assert {"log_std", "actor.0.weight", "critic.0.weight"} <= changed
+    assert charts["learning_rate"] == 1e-3
+
+
+# ------------------------------------------------------------------------------------------- A2C
+def test_a2c_is_ppo_with_one_epoch_of_one_minibatch():
+    """With the same optimiser, both updates lead to the same weights (Huang et al. 2022)."""
+    ours = make_agent(hidden=16)
+    args = a2c.Args(total_timesteps=80)
+    parts = {"agent": ours, **a2c.make_optimizers(ours, args)}
+    theirs = copy.deepcopy(ours)
+    batch = make_batch(ours, rows=80, scale=10.0)
+    flags = ppo.Args(update_epochs=1, num_minibatches=1, norm_adv="none")
+    flags = replace(flags, vf_coef=args.vf_coef, ent_coef=args.ent_coef, max_grad_norm=0.5)
+    optimizer = a2c.RMSprop(ppo.one_vector(theirs), args.decay, args.eps)
+    optimizer.param_groups[0]["lr"] = args.learning_rate
+    before = parameters_to_vector(ours.parameters()).detach().clone()
+    ppo.update(
+        agent=theirs,
+        optimizer=optimizer,
+        batch=batch,
+        objective=ppo.parse_objective("clip:0.2"),
+        beta=0.0,
+        args=flags,
+        rng=torch.Generator().manual_seed(1),
+    )
+    charts, losses = a2c.learn(parts, batch, {"updates": 0}, args)
+    assert charts["learning_rate"] == args.learning_rate and losses["grad_norm"] > 0.5
+    moved = parameters_to_vector(ours.parameters()) - before
+    expected = parameters_to_vector(theirs.parameters()) - before
+    assert expected.abs().max() > 1e-5
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_rmsprop_starts_with_squares_of_one_and_eps_under_the_root():
+    weights = nn.Parameter(torch.zeros(3))
+    optimizer = a2c.RMSprop(weights, decay=0.99, eps=1e-5)
+    optimizer.param_groups[0]["lr"] = 0.1
+    square, expected = np.ones(3), np.zeros(3)
+    for g in ([1.0, -2.0, 0.01], [0.5, 0.0, 0.01]):
+        weights.grad = torch.tensor(g)
+        optimizer.step()
+        square = 0.99 * square + 0.01 * np.square(g)
+        expected -= 0.1 * np.array(g) / np.sqrt(square + 1e-5)
+        assert weights.detach().numpy() == pytest.approx(expected, rel=1e-5)
+    again = a2c.RMSprop(nn.Parameter(torch.zeros(3)), 0.99, 1e-5)
+    again.load_state_dict(optimizer.state_dict())
+    (state,) = again.state.values()
+    assert state["square"].numpy() == pytest.approx(square)
+
+
+def test_projection_in_closed_form_and_idle_where_the_constraint_holds():
+    g, k = torch.randn(2, 50, 4, dtype=torch.float64)
+    z = a2c.project(g, k, delta=0.5)
+    idle = (k * g).sum(-1) <= 0.5
+    assert 10 < idle.sum() < 40
+    assert torch.equal(z[idle], g[idle])
+    # elsewhere on the border, and straight from g along k: no point within is nearer
+    torch.testing.assert_close((k * z).sum(-1)[~idle], torch.full_like(z[~idle, 0], 0.5))
+    step = (g - z)[~idle]
+    along = (step * k[~idle]).sum(-1)
+    assert (along > 0).all()
+    torch.testing.assert_close(along, step.norm(dim=-1) * k[~idle].norm(dim=-1))
+
+
+def test_the_gradient_by_the_distribution_is_projected():
+    """Against the closed form of k, where the average policy is far away."""
+    args = a2c.Args(trust_region=True, delta=0.1, ent_coef=0.0)
+    agent, average = make_agent(seed=0), make_agent(seed=1)
+    average.log_std.data += 0.5
+    batch = make_batch(agent, rows=40)
+    mean, log_std = agent.policy(batch["obs"])
+    theirs = average.actor(agent.normalise(batch["obs"])).detach()
+    std = average.log_std.detach().expand_as(mean).exp()
+    gain = ppo.log_prob_of(mean, log_std, batch["actions"]) * batch["advantages"]
+    term, share = a2c.within_trust_region(gain, mean, log_std, theirs, std.log(), args.delta)
+    found = torch.cat(torch.autograd.grad(term.sum(), (mean, log_std)), -1)
+
+    mean, log_std = mean.detach(), log_std.detach()
+    variance, apart = (2 * log_std).exp(), mean - theirs
+    k = torch.cat([apart / variance, 1 - (std.square() + apart.square()) / variance], -1)
+    z = batch["actions"] - mean
+    g = torch.cat([z / variance, z.square() / variance - 1], -1) * batch["advantages"][:, None]
+    torch.testing.assert_close(found, a2c.project(g, k, 0.1), rtol=1e-4, atol=1e-4)
+    assert 0 < share < 1
+    _, metrics = a2c.gradient(agent, average, batch, args)
+    assert metrics["projected"] == pytest.approx(share.item())
+
+
+def test_near_the_average_policy_the_trust_region_is_idle():
+    agent = make_agent()
+    batch = make_batch(agent)
+    plain, _ = a2c.gradient(agent, copy.deepcopy(agent), batch, a2c.Args())
+    args = a2c.Args(trust_region=True)
+    same, metrics = a2c.gradient(agent, copy.deepcopy(agent), batch, args)
+    torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-6)
+    assert metrics["projected"] == 0
+    far, metrics = a2c.gradient(agent, make_agent(seed=5), batch, args)
+    assert metrics["projected"] > 0 and not torch.allclose(far, plain, rtol=1e-2)
+
+
+def test_the_average_policy_follows_slowly():
+    agent = make_agent(hidden=8)
+    args = a2c.Args(average=0.9, learning_rate=0.1)
+    parts = {"agent": agent, **a2c.make_optimizers(agent, args)}
+    before = parameters_to_vector(agent.parameters()).detach().clone()
+    a2c.learn(parts, make_batch(agent), {"updates": 0}, args)
+    moved = parameters_to_vector(agent.parameters()) - before
+    followed = parameters_to_vector(parts["average"].parameters()) - before
+    assert moved.abs().max() > 1e-3
+    torch.testing.assert_close(followed, 0.1 * moved, rtol=1e-3, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- CEM
+def test_cem_finds_the_top_of_a_quadratic():
+    target = torch.tensor([3.0, -2.0, 0.5, 0.0, 1.0])
+    search = cem.Search(torch.zeros(5), std=1.0)
+    rng = torch.Generator().manual_seed(0)
+    for generation in range(60):
+        extra = 0.1 * max(0.0, 1 - generation / 20)
+        candidates = search.draw(100, extra, rng)
+        search.update(candidates, -(candidates - target).square().sum(-1).numpy(), 20)
+    torch.testing.assert_close(search.mean, target, rtol=0, atol=0.01)
+    assert search.variance.max() < 1e-4
+
+
+def test_the_best_make_the_next_mean_and_variance():
+    search = cem.Search(torch.zeros(1), std=2.0)
+    assert search.variance.item() == 4
+    candidates = torch.tensor([[1.0], [2.0], [4.0], [8.0], [10.0]])
+    search.update(candidates, np.array([0.0, 5.0, 1.0, 7.0, 2.0]), num_elite=2)
+    assert (search.mean.item(), search.variance.item()) == (5, 9)
+    draws = search.draw(20_000, 7.0, torch.Generator().manual_seed(0))
+    assert draws.mean().item() == pytest.approx(5, abs=0.1)
+    assert draws.var().item() == pytest.approx(9 + 7, rel=0.05)
+
+
+class Payer(gym.Env):
+    """Observes 1, pays the action, and lets an episode last longer the higher its first one is."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float64)
+    action_space = gym.spaces.Box(-9, 9, (1,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return np.ones(1), {}
+
+    def step(self, action):
+        self.count += 1
+        terminated = self.count >= 5 + np.clip(3 * action[0], -4, 14)
+        return np.ones(1), float(action[0]), terminated, False, {}
+
+
+gym.register("Payer-v0", Payer, max_episode_steps=1000)
+
+
+def test_every_candidate_plays_one_episode_of_its_own(tmp_path):
+    """11 candidates in 3 environments, in which their episodes end at different times."""
+    flags = "--env-id Payer-v0 --num-envs 3 --candidates 11 --env-backend gymnasium"
+    args = baselines.check_args(cem.parse_args(flags.split()))
+    actors = ppo.Actors(args, args.num_envs)
+    agent = cem.make_agent(args, actors)
+    weights = parameters_to_vector(agent.actor.parameters()).detach()
+    candidates = cem.Search(weights, 1.0).draw(11, 0.0, torch.Generator().manual_seed(3))
+    actors.restart(0)
+    cem.check_policy(agent, candidates)
+    expected = []
+    for candidate in candidates:
+        nn.utils.vector_to_parameters(candidate.clone(), agent.actor.parameters())
+        expected.append(ppo.act(agent, np.ones(1)).item())
+    returns, lengths = cem.play_generation(agent, candidates, actors)
+    assert len(set(lengths.tolist())) > 4
+    assert lengths.tolist() == [np.ceil(5 + np.clip(3 * a, -4, 14)) for a in expected]
+    assert returns == pytest.approx(np.array(expected) * lengths, rel=1e-4)
+    assert agent.obs_stats.count == lengths.sum()
+
+    run("cem", f"{flags} --total-timesteps 150 --eval-episodes 1", tmp_path / "run")
+    episodes = rows(tmp_path / "run/episodes.csv")
+    ends = [int(row["global_step"]) for row in episodes]
+    assert ends == np.cumsum([int(row["length"]) for row in episodes]).tolist()
+    metrics = rows(tmp_path / "run/metrics.csv")
+    assert [int(row["global_step"]) for row in metrics] == ends[10::11]
+    assert len(metrics) > 1 and ends[-1] >= 150 > ends[-12]
+
+
+# -------------------------------------------------------------------------------------- TRAINING
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("trpo", "--total-timesteps 8192"),
+        ("vpg", "--total-timesteps 10000 --num-steps 500 --kl-target 0.01 --learning-rate 0.01"),
+        ("a2c", "--total-timesteps 16000 --learning-rate 0.01 --decay 0.9"),
+        ("a2c", "--total-timesteps 16000 --learning-rate 0.01 --decay 0.9 --trust-region"),
+        ("cem", "--total-timesteps 16000 --candidates 100"),
+    ],
+)
+def test_each_learns_to_balance_a_pole(name, flags, tmp_path):
+    summary = run(name, f"{PENDULUM} {flags}", tmp_path / "run")
+    returns = [float(row["return"]) for row in rows(tmp_path / "run/episodes.csv")]
+    assert np.mean(returns[:100]) < 13
+    assert summary["last_100_return"] > 2 * np.mean(returns[:100])
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("trpo", "--num-steps 128 --total-timesteps 640 --checkpoint-every 2 --hidden 32"),
+        ("vpg", "--num-steps 128 --total-timesteps 640 --checkpoint-every 2"),
+        ("a2c", "--total-timesteps 400 --checkpoint-every 2 --trust-region"),
+        ("cem", "--candidates 20 --num-envs 10 --total-timesteps 800"),
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(name, flags, tmp_path, monkeypatch):
+    flags = f"{PENDULUM} {flags}"
+    whole = run(name, flags, tmp_path / "whole")
+    log, calls = ppo.Run.log, []
+
+    def stop(run, update, *rest):
+        log(run, update, *rest)
+        calls.append(update)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ppo.Run, "log", stop)
+        run(name, flags, tmp_path / "stopped")
+    module = MODULES[name]
+    agent, again = module.train(module.load_run(str(tmp_path / "stopped"))[0])
+    clocks = {"wall_seconds": 0, "sps": 0}
+    assert whole | clocks == again | clocks
+    paths = [tmp_path / where / "checkpoint.pt" for where in ("whole", "stopped")]
+    one, other = (ppo.load_checkpoint(path, name) for path in paths)
+    assert one["state"] == other["state"] and len(calls) == 3
+    for part in [part for part in one if part in ("agent", "average", "search")]:
+        assert all(torch.equal(x, other[part][each]) for each, x in one[part].items())
+    assert all(torch.equal(x, one["agent"][each]) for each, x in agent.state_dict().items())
+    episodes = [path.with_name("episodes.csv").read_bytes() for path in paths]
+    assert episodes[0] == episodes[1]
+    metrics = [pd.read_csv(path.with_name("metrics.csv")) for path in paths]
+    assert len(metrics[0]) > 3
+    pd.testing.assert_frame_equal(*(rows.drop(columns="charts/SPS") for rows in metrics))
+
+
+@pytest.mark.parametrize(
+    "name, flags, message",
+    [
+        ("trpo", "--num-steps 0", "--num-steps must be between"),
+        ("trpo", "--env-id InvertedPendulum-v4 --num-steps 3", "too small"),
+        ("a2c", "--average 1.5", "--average must be between"),
+        ("cem", "--candidates 20", "--num-envs must be at most --candidates, 20"),
+        ("vpg", "--env-id Nothing-v0 --env-backend envpool", "EnvPool does not know"),
+    ],
+)
+def test_flags_that_make_no_sense_leave_nothing_behind(name, flags, message, tmp_path):
+    with pytest.raises(ppo.UserError, match=message):
+        run(name, flags, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_belongs_to_one_algorithm(tmp_path):
+    folder = str(tmp_path / "run")
+    run("a2c", f"{PENDULUM} --total-timesteps 160", tmp_path / "run")
+    args, saved = a2c.load_run(folder)
+    assert (args.total_timesteps, saved["state"]["updates"]) == (160, 2)
+    with pytest.raises(ppo.UserError, match=r"a run of a2c\.py, not of vpg\.py"):
+        vpg.load_run(folder)
+    with pytest.raises(ppo.UserError, match=r"written by a2c\.py"):
+        ppo.load_run(folder)
+    with pytest.raises(ppo.UserError, match="resume stands alone"):
+        a2c.train(a2c.Args(resume=folder, seed=9))
+    with pytest.raises(ppo.UserError, match="cannot stand beside --resume"):
+        a2c.parse_args(["--resume", folder, "--seed", "9"])
+    path = tmp_path / "run/config.json"
+    path.write_text(path.read_text().replace('"seed": 1', '"seed": 2'))
+    with pytest.raises(ppo.UserError, match="has changed since the checkpoint"):
+        a2c.load_run(folder)
+    (tmp_path / "run/config.json").write_text("{}")
+    with pytest.raises(ppo.UserError, match="not a run folder that can be read"):
+        a2c.load_run(folder)
+
+
+# ---------------------------------------------------------------------------------------- FIGURE 3
+def in_this_process(calls, layout, tick):
+    """An engine without processes."""
+    for call in calls:
+        yield call, sweep.work(call, layout)
+
+
+def test_figure3_runs_what_is_missing_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = figure3.Grid(["InvertedPendulum-v4"], list(figure3.ALGORITHMS), [1])
+    folder = Path("results")
+    figure3.complete(grid, folder, 160, in_this_process)
+    runs = rows(folder / "runs.csv")
+    assert [row["algorithm"] for row in runs] == list(figure3.ALGORITHMS)
+    for row in runs:
+        path = Path(row["command"].split()[-1])
+        (summary,) = json.loads((path / "summary.json").read_text())
+        assert summary["objective"] == row["algorithm"]
+        assert float(row["last_100_return"]) == summary["last_100_return"]
+        assert int(row["updates"]) == len(rows(path / "metrics.csv"))
+        assert " --env-backend envpool " in row["command"]
+    assert [row["algorithm"] for row in runs if row["kl_median"] == ""] == ["cem"]
+    before = (folder / "runs.csv").read_bytes()
+    figure3.complete(grid, folder, 160, None)  # nothing is missing, so no engine is asked
+    assert (folder / "runs.csv").read_bytes() == before
+    with pytest.raises(UserError, match="a run of other settings"):
+        figure3.complete(grid, folder, 320, None)
+    more = figure3.plan(grid._replace(seeds=[2, 1]), sweep.Table(folder, figure3.LAYOUT), 160)
+    assert [call.crowd[0].seed for call in more] == [2] * len(grid.algorithms)
+    assert [call.crowd[0].name for call in more] == grid.algorithms
+    figure3.report(folder, tmp_path, grid)  # a curve of one point, and no PPO
+    assert "All 7 runs are in" in (folder / "summary.md").read_text()
+
+
+def write_results(folder: Path, cells: dict[tuple[str, str, int], float]) -> None:
+    """runs.csv and curves.csv as figure3.py leaves them, with straight curves."""
+    runs, points = [], []
+    for (task, name, seed), x in cells.items():
+        who = {"env_id": task, "algorithm": name, "seed": seed}
+        made = dict.fromkeys(figure3.LAYOUT.columns, "1") | who
+        made |= {"last_100_return": x, "kl_median": 0.01, "kl_max": 0.02, "updates": 4 + seed}
+        made |= {"total_timesteps": 1_000_000, "started": "2026-01-02T03:04:05"}
+        made["command"] = figure3.call_of((task, name, seed), 1_000_000, "runs/figure3").command
+        runs.append(made)
+        for step in (1000, 1_000_000):
+            points.append(who | {"global_step": step, "episodic_return": x, "kl": 0.01})
+    sweep.write(folder / "runs.csv", pd.DataFrame(runs))
+    sweep.write(folder / "curves.csv", pd.DataFrame(points))
+
+
+def write_ppo(folder: Path, returns: dict[tuple[str, int], float]) -> None:
+    """The same of table1.py: clip:0.2, and an objective that is not asked for."""
+    runs, points = [], []
+    for (task, seed), x in returns.items():
+        for objective, shift in (("none", 1e6), ("clip:0.2", 0)):
+            who = {"env_id": task, "objective": objective, "seed": seed}
+            runs.append(who | {"last_100_return": x + shift})
+            for step in (1000, 1_000_000):
+                points.append(who | {"global_step": step, "episodic_return": x + shift})
+    sweep.write(folder / "runs.csv", pd.DataFrame(runs))
+    sweep.write(folder / "curves.csv", pd.DataFrame(points))
+
+
+def test_report_by_hand(tmp_path):
+    """On Hopper PPO beats all but TRPO with a learned sigma; on Swimmer an algorithm is missing."""
+    means = {"trpo-frozen": 1500, "trpo-learned": 2500, "trpo-learned-32": 2600, "vpg": 1000}
+    means |= {"a2c": 900, "a2c-tr": 800, "cem": 508.2}
+    cells = {}
+    for name, mean in means.items():
+        for seed in (1, 2):
+            cells["Hopper-v4", name, seed] = mean + (seed - 1.5)
+            if name != "vpg" and (name, seed) != ("cem", 2):
+                cells["Swimmer-v4", name, seed] = mean / 10
+    write_results(tmp_path / "t", cells)
+    returns = {("Hopper-v4", seed): 1900.0 + 100 * seed for seed in (1, 2, 3)}
+    write_ppo(tmp_path / "ppo", returns)
+    args = ["--report", "--results", str(tmp_path / "t"), "--ppo", str(tmp_path / "ppo")]
+    args += ["--tasks", "Hopper", "Swimmer", "--seeds", "1", "2"]
+    written = []
+    for _ in range(2):
+        figure3.main(args)
+        written.append({path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()})
+    assert written[0] == written[1]
+    names = "runs.csv curves.csv summary.md curves.png beside.png"
+    assert set(written[0]) == set(names.split())
+    assert written[0]["beside.png"].startswith(b"\x89PNG")
+    text = written[0]["summary.md"].decode()
+    assert "**PARTIAL: 25 of 28 runs are in: 2 tasks x 7 algorithms x 2 seeds.**" in text
+    assert "- `vpg`, seeds 1 2: Swimmer-v4\n- `cem`, seeds 2: Swimmer-v4\n" in text
+    assert "- PPO, which benchmark/table1.py runs: Swimmer-v4\n" in text
+    assert "Seeds of PPO: Hopper-v4 3." in text
+    assert "| `ppo` | 2,100 [2,000, 2,200]<br>paper 2,203 | paper 107 |" in text
+    assert "| `cem` | 508 [508, 509]<br>paper 508 | 50.8<br>paper 1.9 |" in text
+    first = "1 of 6 [1, 1]; first in 100% of the resamples"
+    second = "2 of 6 [2, 2]; first in 0% of the resamples"
+    assert f"| Hopper-v4 | 2 of 6 | {first} | {second} |" in text
+    assert "| Swimmer-v4 | 2 of 6 | without ppo, vpg | without ppo, vpg |" in text
+    assert "| **PPO first** | 0 tasks | 1 of 1 tasks [1, 1] | 0 of 1 tasks [0, 0] |" in text
+    # in units of 2323.9 - 508.2 on Hopper and of 121.5 - 1.9 on Swimmer
+    assert "| `vpg` | Hopper-v4 | 1,000 [1,000, 1,000] | 2,324 | -73% |" in text
+    assert "| `cem` | Swimmer-v4 | 50.8 | 1.9 | +41% |" in text
+    assert "| Hopper-v4 | 6 | 5 | 6 |" in text and "| Swimmer-v4 | 5 | 5 | 5 | 200,000 |" in text
+    flags = "--env-id TASK --env-backend envpool --std frozen --seed S --total-timesteps 1000000"
+    assert text.count(f"    python benchmark/baselines/trpo.py {flags}\n") == 1
+
+
+def test_ranks_by_hand():
+    means = np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 2.0], [2.0, 3.0, 2.0]])
+    assert figure3.rank_of_first(means).tolist() == [1, 3, 1]  # a tie is no defeat
+    rng = np.random.default_rng(0)
+    rank, draws = figure3.ranks_of_ppo([np.array([0.0, 10.0]), np.array([4.0])], rng)
+    assert rank == 1  # 5 against 4; a resample has 0, 5 or 10
+    assert (draws == 1).mean() == pytest.approx(0.75, abs=0.02)
+
+
+def test_report_needs_a_run(tmp_path):
+    with pytest.raises(UserError, match="has no run yet"):
+        figure3.main(["--report", "--results", str(tmp_path)])
