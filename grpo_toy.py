@@ -44,6 +44,17 @@ config.json, metrics.csv, episodes.csv (a row per answer: its reward, its length
 checkpoint.pt and summary.json in a folder under runs/.
 """
 
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "numpy==2.4.6",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.16",
+#     "wandb==0.31.0",  # --track
+# ]
+# ///
+
 import contextlib
 import csv
 import gc

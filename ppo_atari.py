@@ -34,6 +34,19 @@ In bfloat16 the first ratios of an update may differ from 1, where a CPU compute
 other kernels than rollouts: on average by less than a hundredth of the clip range.
 """
 
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "envpool==1.2.5",
+#     "numpy==2.4.6",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.16",
+#     "moviepy==2.2.1",  # --capture-video
+#     "wandb==0.31.0",  # --track
+# ]
+# ///
+
 import contextlib
 import csv
 import difflib

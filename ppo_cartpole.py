@@ -26,6 +26,19 @@ checkpoint.pt and summary.json in a folder under runs/. Expect 500 on CartPole: 
 All of PPO stands above the line FLAGS. What is below can be skipped.
 """
 
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "gymnasium[classic-control]==1.4.0",
+#     "numpy==2.4.6",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.16",
+#     "moviepy==2.2.1",  # --capture-video
+#     "wandb==0.31.0",  # --track
+# ]
+# ///
+
 import contextlib
 import csv
 import gc

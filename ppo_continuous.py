@@ -25,6 +25,20 @@ Any Gymnasium environment with one-dimensional Box actions and observations work
 --env-id my_module:MyEnv-v0.
 """
 
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "envpool==1.2.5",
+#     "gymnasium[mujoco]==1.4.0",
+#     "numpy==2.4.6",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.16",
+#     "moviepy==2.2.1",  # --capture-video
+#     "wandb==0.31.0",  # --track
+# ]
+# ///
+
 import argparse
 import contextlib
 import csv

@@ -1,21 +1,26 @@
-"""Bring README.md up to date with the code and the results: `python benchmark/readme.py`.
+"""Bring the documents up to date with the code and the results: `python benchmark/readme.py`.
 
-What stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is written here and nowhere else:
-the table of implementation details from the markers in the scripts, everything else from
-benchmark/results/. No number is typed.
+Three things in README.md, benchmark/README.md and docs/ are written here and nowhere else:
+
+    <!-- begin NAME -->     what stands up to <!-- end NAME -->: tables and whole results
+    [`code`](FILE.py#L1)    the number: the one line of FILE.py that contains this code
+    a chapter of a result   present where benchmark/results/NAME/summary.md is
+
+No number is typed.
 """
 
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import markdown, read_csv
+from benchmark import Parser, UserError, cli, markdown, read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results"
-SCRIPTS = ("ppo_cartpole.py", "ppo_continuous.py")
+SCRIPTS = ("ppo_cartpole.py", "ppo_continuous.py", "ppo_atari.py")
 DETAILS = {  # the thirteen core details of Huang et al. (2022), and where each comes from
     1: ("Vectorised environments: N actors, T steps each", "Algorithm 1"),
     2: (
@@ -39,73 +44,144 @@ DETAILS = {  # the thirteen core details of Huang et al. (2022), and where each 
         "What to watch: KL, clip fraction, losses; means over the whole update",
         "Schulman, KL approximation",
     ),
-    13: ("Separate networks for policy and value", "section 6.1"),
+    13: ("Policy and value function: shared or separate networks", "section 6.1"),
+}
+UNMARKED = {  # of Atari's script, where these two look different
+    1: "def make_envs",
+    13: "Policy and value function on one trunk",
 }
 
 
+def line_of(script: str, code: str) -> int:
+    """The number of the one line of a script that contains this code. Raises UserError."""
+    lines = (ROOT / script).read_text().splitlines()
+    found = [i for i, line in enumerate(lines, 1) if code in line]
+    if len(found) != 1:
+        raise UserError(f"{script} holds {code!r} in {len(found)} lines, not in one")
+    return found[0]
+
+
 def details() -> str:
-    """The table of details, and in which line of each script its marker stands."""
+    """The table of the core details, and in which line of each script each stands."""
     rows = []
     for n, (what, source) in DETAILS.items():
         row = {"n": n, "detail": what}
         for script in SCRIPTS:
-            lines = enumerate((ROOT / script).read_text().splitlines(), 1)
-            found = [i for i, line in lines if f"[detail {n}]" in line]
-            row[script] = ", ".join(f"[{i}]({script}#L{i})" for i in found)
+            unmarked = UNMARKED.get(n) if script == "ppo_atari.py" else None
+            number = line_of(script, unmarked or f"[detail {n}]")
+            row[script] = f"[{number}](../{script}#L{number})"
         rows.append(row | {"from": source})
     return markdown(rows).strip()
 
 
-def result(path: str) -> Callable[[], str]:
-    """What reads a committed result, without its title."""
-
-    def read() -> str:
-        return re.sub(r"\A# .*\n+", "", (RESULTS / path).read_text()).strip("\n")
-
-    return read
+def result(path: str) -> str:
+    """A committed result, without its title."""
+    return re.sub(r"\A# .*\n+", "", (RESULTS / path).read_text()).strip("\n")
 
 
-def section(path: str, title: str) -> Callable[[], str]:
-    """What reads one section of a committed result, without its title and its picture."""
+def section(path: str, title: str) -> str:
+    """One section of a committed result, without its title and its picture."""
+    text = (RESULTS / path).read_text()
+    return re.search(rf"^##? {title}\n(.*?)^!\[", text, re.S | re.M)[1].strip("\n")
 
-    def read() -> str:
-        text = (RESULTS / path).read_text()
-        return re.search(rf"^##? {title}\n(.*?)^!\[", text, re.S | re.M)[1].strip("\n")
 
-    return read
+def table(path: str) -> list[dict[str, str]]:
+    """The rows of the first table of a committed result."""
+    lines = (RESULTS / path).read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.split("|")[1:-1]])
+    head, _, *rows = rows
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def transcript() -> str:
+    """What the default command printed for the first seed."""
+    lines = result("classic/transcript.md").splitlines()
+    command, printed = lines[:2]
+    return f"{command}\n{printed}"
 
 
 def speed_short() -> str:
     """Of the table in speed/mujoco.md, the rows of those that learn and the plainest columns."""
-    lines = (RESULTS / "speed/mujoco.md").read_text().splitlines()
-    lines = [line for line in lines if line.startswith("|")]
-    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    rows = [dict(zip(head, row, strict=True)) for row in rows]
     wanted = ("contestant", "steps/s", "per core", "memory, GB")
-    return markdown([{k: row[k] for k in wanted} for row in rows if row["first update, s"]]).strip()
+    rows = [row for row in table("speed/mujoco.md") if row["first update, s"]]
+    return markdown([{name: row[name] for name in wanted} for row in rows]).strip()
 
 
 def atari_of_others() -> str:
     """paper/atari.csv, without where the numbers are from."""
     rows = read_csv(ROOT / "benchmark/paper/atari.csv")
-    return markdown([{name: row[name] for name in row if name != "where"} for row in rows])
+    return markdown([{name: row[name] for name in row if name != "where"} for row in rows]).strip()
+
+
+def in_short() -> str:
+    """The table of results on the front page: a sentence for each, from the committed tables."""
+    scores = {row["objective"]: row for row in table("table1-bootstrapped/scores.md")}
+    clip, none = scores["`clip:0.2`"], scores["`none`"]
+    ours = clip["ours: mean [95%]"], none["ours: mean [95%]"]
+    curves = table("table1-modern/learning.md")
+    ahead = 0
+    for row in curves:
+        mean, paper = row["mean"], row["the paper, Figure 3"]
+        ahead += float(mean.replace(",", "")) >= float(paper.replace(",", ""))
+    classic = {row["task"]: row for row in table("classic/summary.md")}
+    pong = table("atari/summary.md")[0]
+    grpo = {row[""]: row for row in table("grpo/summary.md")}
+    reached = "seeds that reach it"
+    found = {
+        "[Table 1](benchmark/README.md#the-papers-table-1), time limits bootstrapped": (
+            f"`clip:0.2` scores {ours[0]}, `none` {ours[1]}; "
+            f"the paper {clip['the paper']} and {none['the paper']}, "
+            "with a 0 and a 1 that it does not define: compare the order"
+        ),
+        "[MuJoCo](benchmark/README.md#mujoco-ppo_continuouspy), defaults, three seeds": (
+            f"mean at or above the paper's curve on {ahead} of {len(curves)} tasks"
+        ),
+        "[CartPole](benchmark/README.md#cartpole-acrobot-lunarlander-ppo_cartpolepy)": (
+            f"{classic['cartpole'][reached]} seeds solve it"
+        ),
+        "[LunarLander](benchmark/README.md#cartpole-acrobot-lunarlander-ppo_cartpolepy)": (
+            f"{classic['lunarlander'][reached]} seeds solve it"
+        ),
+        "[Pong](benchmark/README.md#atari-ppo_ataripy), one seed": (
+            f"{pong['last 100 games, mean']} after {pong['steps']} steps"
+        ),
+        "[GRPO](benchmark/README.md#grpo-grpo_toypy), held-out questions": (
+            f"right before and after: sorting {grpo['sort']['pass@1 before']}, "
+            f"{grpo['sort']['pass@1 after']}; arithmetic "
+            f"{grpo['countdown']['pass@1 before']}, {grpo['countdown']['pass@1 after']}"
+        ),
+    }
+    return markdown([{"what": what, "result": text} for what, text in found.items()]).strip()
 
 
 RERUN = {  # folder of results -> what it holds, the command for all of it
+    "table1": (
+        "[Table 1, time limits as ends, ten seeds](#table1)",
+        "table1.py --results mine/table1",
+    ),
     "table1-bootstrapped": (
-        "[Table 1](#the-papers-table-1)",
+        "[Table 1, time limits bootstrapped](#the-papers-table-1)",
         "table1.py --seeds 1 2 3 --results mine/bootstrapped -- --bootstrap-truncated",
     ),
     "table1-modern": (
         "[Table 1 with today's details](#with-todays-details)",
         "table1.py --preset modern --results mine/modern",
     ),
+    "defaults": ("[defaults on MuJoCo](#defaults)", "defaults.py --results mine/defaults"),
+    "figure3": ("[Figure 3](#figure3)", "figure3.py --results mine/figure3"),
+    "humanoid": ("[Humanoid](#humanoid)", "humanoid.py"),
+    "recurrent": ("[a policy with memory](#recurrent)", "recurrent.py"),
     "collapse/HalfCheetah-v4": (
-        "[HalfCheetah's collapse](#what-makes-halfcheetah-collapse)",
+        "[HalfCheetah's collapse](../docs/halfcheetah.md)",
         "collapse.py --results mine/collapse",
     ),
     "collapse/InvertedDoublePendulum-v4": (
-        "[the double pendulum's fall](#why-the-double-pendulum-falls)",
+        "[the double pendulum's fall](../docs/double-pendulum.md)",
         "collapse.py --task InvertedDoublePendulum-v4 --results mine/collapse",
     ),
     "ratchet": (
@@ -125,57 +201,115 @@ def rerun() -> str:
     """What makes each committed result again, and for how many hours its runs ran."""
     rows = []
     for folder, (what, command) in RERUN.items():
-        summary = (RESULTS / folder / "summary.md").read_text()
-        told = re.search(r"trained for ([\d.]+) hours in all", summary)
+        path = RESULTS / folder / "summary.md"
+        if not path.exists():
+            continue
+        told = re.search(r"trained for ([\d.]+) hours in all", path.read_text())
         if told:  # of runs that share a process
             hours = float(told[1])
         else:
-            runs = read_csv(RESULTS / folder / "runs.csv")
-            hours = sum(float(run["wall_seconds"]) for run in runs) / 3600
+            hours = 0.0
+            for file in path.parent.rglob("runs.csv"):
+                hours += sum(float(run["wall_seconds"]) for run in read_csv(file)) / 3600
         command = f"`python benchmark/{command}`"
         rows.append({"what": what, "command": command, "hours": f"{hours:.1f}"})
     return markdown(rows).strip()
 
 
-BLOCKS = {
-    "rerun": rerun,
-    "speed-short": speed_short,
-    "transcript": result("classic/transcript.md"),
-    "details": details,
-    "table1": result("table1-bootstrapped/scores.md"),
-    "table1-learning": result("table1-bootstrapped/learning.md"),
-    "collapse-pendulum": section(
-        "collapse/InvertedDoublePendulum-v4/summary.md",
-        "InvertedDoublePendulum-v4, one detail at a time",
-    ),
-    "collapse-cheetah": section(
-        "collapse/HalfCheetah-v4/summary.md", "HalfCheetah-v4, one detail at a time"
-    ),
-    "table1-modern": result("table1-modern/scores.md"),
-    "classic": result("classic/summary.md"),
-    "ratchet-cartpole": section("ratchet/summary.md", "CartPole-v1"),
-    "ratchet-lunarlander": section("ratchet/summary.md", "LunarLander-v3"),
-    "mujoco": result("table1-modern/learning.md"),
-    "atari": result("atari/summary.md"),
-    "atari-others": lambda: atari_of_others().strip(),
-    "grpo": section("grpo/summary.md", "The two tasks at their defaults"),
-    "speed-mujoco": result("speed/mujoco.md"),
-    "speed-atari": result("speed/atari.md"),
-    "speed-cartpole": result("speed/cartpole.md"),
-    "speed-grpo": result("speed/grpo.md"),
+def chapter(folder: str) -> str:
+    """The beginning of a committed result, up to its second section; empty where there is none."""
+    path = RESULTS / folder / "summary.md"
+    if not path.exists():
+        return ""
+    title, _, text = path.read_text().partition("\n")
+    lead, *sections = re.split(r"^(?=## )", text, flags=re.M)
+    text = (lead + "".join(sections[:1])).strip("\n")
+    text = re.sub(r"^## ", "#### ", text, flags=re.M)
+    text = re.sub(r"\]\((?!https?:|#)", f"](results/{folder}/", text)
+    heading = f'<a id="{folder}"></a>\n\n### {title.removeprefix("# ")}'
+    return f"{heading}\n\n{text}\n\nAll of it: [summary.md](results/{folder}/summary.md)."
+
+
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {  # document -> block -> what writes it
+    "README.md": {
+        "transcript": transcript,
+        "speed-short": speed_short,
+        "in-short": in_short,
+    },
+    "benchmark/README.md": {
+        "rerun": rerun,
+        "table1": partial(chapter, "table1"),
+        "table1-bootstrapped": partial(result, "table1-bootstrapped/scores.md"),
+        "table1-learning": partial(result, "table1-bootstrapped/learning.md"),
+        "table1-modern": partial(result, "table1-modern/scores.md"),
+        "defaults": partial(chapter, "defaults"),
+        "figure3": partial(chapter, "figure3"),
+        "humanoid": partial(chapter, "humanoid"),
+        "recurrent": partial(chapter, "recurrent"),
+        "classic": partial(result, "classic/summary.md"),
+        "transcript-all": partial(result, "classic/transcript.md"),
+        "ratchet-lunarlander": partial(section, "ratchet/summary.md", "LunarLander-v3"),
+        "ratchet-cartpole": partial(section, "ratchet/summary.md", "CartPole-v1"),
+        "mujoco": partial(result, "table1-modern/learning.md"),
+        "atari": partial(result, "atari/summary.md"),
+        "atari-others": atari_of_others,
+        "grpo": partial(section, "grpo/summary.md", "The two tasks at their defaults"),
+        "speed-mujoco": partial(result, "speed/mujoco.md"),
+        "speed-atari": partial(result, "speed/atari.md"),
+        "speed-cartpole": partial(result, "speed/cartpole.md"),
+        "speed-process": partial(result, "speed/process.md"),
+        "speed-grpo": partial(result, "speed/grpo.md"),
+        "speed-gpu": partial(result, "speed/gpu.md"),
+    },
+    "docs/details.md": {"details": details},
+    "docs/double-pendulum.md": {
+        "collapse-pendulum": partial(
+            section,
+            "collapse/InvertedDoublePendulum-v4/summary.md",
+            "InvertedDoublePendulum-v4, one detail at a time",
+        ),
+    },
+    "docs/halfcheetah.md": {
+        "collapse-cheetah": partial(
+            section, "collapse/HalfCheetah-v4/summary.md", "HalfCheetah-v4, one detail at a time"
+        ),
+    },
 }
 
 
-def renew(text: str) -> str:
-    """README.md with every block written anew."""
-    for name, write in BLOCKS.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        block = f"{begin}\n{write()}\n{end}"
-        text, found = re.subn(f"{begin}.*?{end}", lambda _, b=block: b, text, flags=re.S)
+def documents() -> list[str]:
+    """All that people read, relative to the root of the repository."""
+    docs = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    return ["README.md", "benchmark/README.md", *(f"docs/{name}" for name in docs)]
+
+
+def renew(name: str, text: str) -> str:
+    """The text of a document with every block and every line number written anew.
+
+    Raises UserError where a block or a quoted line is missing.
+    """
+    for block, write in BLOCKS.get(name, {}).items():
+        begin, end = f"<!-- begin {block} -->", f"<!-- end {block} -->"
+        inside = write()
+        whole = f"{begin}\n{inside}\n{end}" if inside else f"{begin}\n{end}"
+        text, found = re.subn(f"{begin}.*?{end}", lambda _, whole=whole: whole, text, flags=re.S)
         if found != 1:
-            sys.exit(f"error: README.md must hold the block {name} once, not {found} times")
-    return text
+            raise UserError(f"{name} must hold the block {block} once, not {found} times")
+
+    def numbered(link: re.Match) -> str:
+        code, path, script = link.groups()
+        return f"[`{code}`]({path}{script}#L{line_of(script, code)})"
+
+    return re.sub(r"\[`([^`\n]+)`\]\(((?:\.\./)*)(\w+\.py)#L\d+\)", numbered, text)
+
+
+def main(argv: list[str]) -> None:
+    """Bring all documents up to date. Raises UserError before it has changed any of them."""
+    Parser(__doc__).parse_args(argv)
+    texts = {name: renew(name, (ROOT / name).read_text()) for name in documents()}
+    for name, text in texts.items():
+        (ROOT / name).write_text(text)
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(renew((ROOT / "README.md").read_text()))
+    cli(main)

@@ -1,10 +1,16 @@
-"""What the README says is true: commands parse, links exist, details stand in the named lines."""
+"""What the documents say is true: README.md, benchmark/README.md and docs/.
+
+Commands parse, snippets run, links and anchors resolve, tables are the committed ones, details
+stand in the named lines, and what each script says that it needs is what it imports.
+"""
 
 import ast
 import importlib
 import re
 import shlex
 import shutil
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,7 @@ import pytest
 import grpo_toy
 from benchmark import (
     Parser,
+    UserError,
     atari,
     classic,
     collapse,
@@ -28,18 +35,30 @@ from benchmark import (
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark/results"
-README = (ROOT / "README.md").read_text()
+DOCS = {name: (ROOT / name).read_text() for name in readme.documents()}
+README = DOCS["README.md"]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-COMMANDS = [
-    line.partition("#")[0].strip()
-    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.strip() and not line.startswith("#")
-]
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """The fenced blocks of these languages."""
+    return re.findall(rf"```(?:{'|'.join(languages)})\n(.*?)```", text, re.S)
+
+
+COMMANDS = []
+for text in DOCS.values():
+    lines = "\n".join(blocks(text, "bash", "sh")).splitlines()
+    COMMANDS += [line.partition("#")[0].strip() for line in lines]
+COMMANDS = sorted({command for command in COMMANDS if command})
 
 
 def test_there_is_something_to_check():
     assert "ppo_cartpole" in SCRIPTS and len(COMMANDS) > 8
+    assert {"README.md", "benchmark/README.md", "docs/details.md"} < set(DOCS)
+
+
+def test_the_front_page_is_short():
+    assert len(README.split()) <= 1500
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if ".py" in c])
@@ -62,7 +81,9 @@ def check(script, argv: list[str]) -> None:
         script.check_args(args)
 
 
-QUOTED = [*COMMANDS, *re.findall(r"`([^`\n]*)`", README), *re.findall(r"^    (.*)", README, re.M)]
+QUOTED = [*COMMANDS]
+for text in DOCS.values():
+    QUOTED += re.findall(r"`([^`\n]*)`", text) + re.findall(r"^    (.*)", text, re.M)
 FOUND = [re.match(r"(?:python )?(benchmark/\w+\.py.*)", text) for text in QUOTED]
 TOOLS = {match[1].strip(" )") for match in FOUND if match}
 
@@ -86,20 +107,121 @@ def test_every_quoted_command_of_a_tool_parses(command, monkeypatch):
             module.main(words)
 
 
+OTHERS = {"--index-url", "--with", "--nproc-per-node", "--name", "--help"}  # not ours
+
+
+def test_every_flag_that_a_document_names_exists():
+    flags = set(OTHERS)
+    for script in SCRIPTS:
+        for field in importlib.import_module(script).Args.__dataclass_fields__:
+            flag = field.replace("_", "-")
+            flags |= {f"--{flag}", f"--no-{flag}"}
+    for path in ROOT.glob("benchmark/*.py"):
+        flags |= set(re.findall(r'"(--[\w-]+)"', path.read_text()))
+    for name, text in DOCS.items():
+        for quoted in re.findall(r"`([^`\n]+)`", text):
+            for flag in re.findall(r"(?<!\S)--[a-z][\w-]*\w(?![\w-])", quoted):
+                assert flag in flags, f"{name}: {flag}"
+
+
 def test_many_agents_are_quoted():
     assert any(tool.startswith("benchmark/lockstep.py --") for tool in TOOLS)
 
 
-def test_the_python_snippets_use_what_there_is():
-    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
-    for snippet, function in zip(snippets, ("train", "load_agent"), strict=True):
-        imported, assigned = ast.parse(snippet).body
-        script = importlib.import_module(imported.module)
-        assert all(hasattr(script, alias.name) for alias in imported.names)
-        assert assigned.value.func.id == function
-        (args,) = assigned.value.args
-        flags = getattr(args, "keywords", ())
-        script.check_args(script.Args(**{x.arg: ast.literal_eval(x.value) for x in flags}))
+SNIPPETS = {name: blocks(text, "python") for name, text in DOCS.items()}
+
+
+@pytest.mark.parametrize("name", [name for name, found in SNIPPETS.items() if found])
+def test_the_python_snippets_run(name, tmp_path, monkeypatch):
+    """One after the other; RUN_DIR is the run of the one before."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for snippet in SNIPPETS[name]:
+        runs = sorted(str(path) for path in tmp_path.glob("runs/*"))
+        assert runs or "RUN_DIR" not in snippet
+        exec(snippet.replace("RUN_DIR", runs[0] if runs else ""), names)
+    assert any("train(" in snippet for snippet in SNIPPETS[name])
+    assert names["summary"]["total_timesteps"] >= 10_000
+
+
+def test_snippets_are_in_the_front_page_and_in_the_flags():
+    assert SNIPPETS["README.md"] and SNIPPETS["docs/flags.md"]
+
+
+def pins(text: str) -> dict[str, str]:
+    """The lines name[extra]==version of a requirements file: name -> extra and version."""
+    found = re.findall(r"^([\w-]+)(\[[\w,-]+\])?==([\w.]+)", text, re.M)
+    return {name: (set(extra.strip("[]").split(",")), version) for name, extra, version in found}
+
+
+REQUIREMENTS = {}
+for path in sorted(ROOT.glob("requirements*.txt")):
+    REQUIREMENTS |= pins(path.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_says_at_its_head_what_it_needs_and_no_more(script):
+    """The block is as PEP 723 has it; its pins are those of requirements.txt."""
+    text = (ROOT / f"{script}.py").read_text()
+    (block,) = re.findall(r"(?m)^# /// script$\s((?:^#(?:| .*)$\s)+?)^# ///$", text)
+    head = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+    assert head["requires-python"] == ">=3.11,<3.14"
+
+    needed = pins("\n".join(head["dependencies"]))
+    assert len(needed) == len(head["dependencies"])
+    of_all = pins((ROOT / "requirements.txt").read_text())
+    for name, (extras, version) in needed.items():
+        assert version == of_all[name][1] and extras <= of_all[name][0] | {""}
+
+    imported = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.partition(".")[0])
+    imported -= sys.stdlib_module_names
+    if "capture_video: bool" in text:
+        imported.add("moviepy")  # Gymnasium imports it where that films
+    assert set(needed) == imported
+
+
+def test_the_requirements_are_those_of_the_scripts_together():
+    of_all = pins((ROOT / "requirements.txt").read_text())
+    of_scripts = {}
+    for script in SCRIPTS:
+        block = (ROOT / f"{script}.py").read_text().partition("# /// script")[2]
+        found = pins("\n".join(re.findall(r'^#     "(.*)",', block, re.M)))
+        for name, (extras, version) in found.items():
+            of_scripts.setdefault(name, (set(), version))[0].update(extras - {""})
+    assert of_scripts == {name: (extras - {""}, v) for name, (extras, v) in of_all.items()}
+
+
+def test_the_documents_pin_what_the_requirements_pin():
+    found = re.findall(r"([\w-]+)==([\w.]+)", "\n".join(COMMANDS))
+    assert {"torch", "box2d"} <= {name for name, _ in found}
+    for name, version in found:
+        assert version == REQUIREMENTS[name][1]
+
+
+def test_the_front_page_and_ci_install_alike():
+    """Each step of the README's test command is one of .ci/run, which installs more, quietly."""
+    ci = (ROOT / ".ci/run").read_text().splitlines()
+    (command,) = [c for c in COMMANDS if c.endswith("-m pytest")]
+    lines = [line.replace("--quiet ", "") for line in ci]
+    for step in command.split(" && "):
+        assert any(line.startswith(step) for line in lines), step
+
+
+def test_the_citation_has_the_name_of_the_front_page():
+    name = README.splitlines()[0].removeprefix("# ")
+    (bibtex,) = blocks(README, "bibtex")
+    assert f"title: {name}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"title = {{{name}}}" in bibtex.replace("{PPO}", "PPO").replace("{GRPO}", "GRPO")
+
+
+def test_the_front_page_names_the_versions_that_the_scripts_ask_for():
+    assert "Python 3.11, 3.12 or 3.13" in README
+    assert "Python 3.11 to 3.13" in (ROOT / "requirements.txt").read_text()
 
 
 def reports() -> dict:
@@ -153,31 +275,85 @@ def test_every_report_is_what_its_csvs_say(path, tmp_path):
     assert (folder / Path(path).name).read_text() == committed
 
 
-@pytest.mark.parametrize("anchor", sorted(set(re.findall(r"\]\(#([^)]+)\)", README))))
-def test_every_linked_section_exists(anchor):
-    titles = re.findall(r"^#+ (.*)", README, re.M)
-    # as GitHub names them
+def anchors(text: str) -> set[str]:
+    """Where links into a document can point: its headings, as GitHub names them, and its ids."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    titles = re.findall(r"^#+ (.*)", text, re.M)
     headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-    assert anchor in headings or f'<a id="{anchor}">' in README
+    return headings | set(re.findall(r'<a id="([^"]+)">', text))
 
 
-TARGETS = sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", README)))
+LINKS = []
+for name, text in DOCS.items():
+    targets = set(re.findall(r"\]\((?!https?:)([^)]+)\)", text))
+    LINKS += [(name, target) for target in sorted(targets)]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_linked_file_exists(target):
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize("name, target", LINKS)
+def test_every_link_leads_somewhere(name, target):
+    path, _, anchor = target.partition("#")
+    file = (ROOT / name).parent / path if path else ROOT / name
+    assert file.exists()
+    if anchor and file.suffix == ".md":
+        assert anchor in anchors(file.read_text())
+    elif anchor:
+        assert 1 <= int(anchor.removeprefix("L")) <= len(file.read_text().splitlines())
 
 
-def test_the_details_stand_where_the_table_says_and_the_numbers_are_the_committed_ones():
-    assert readme.renew(README) == README, "run python benchmark/readme.py"
-    rows = re.findall(r"^\| (\d+) \| (.*\[\d+\]\(\w+\.py#L\d+\).*) \|$", README, re.M)
+@pytest.mark.parametrize("name", DOCS)
+def test_what_is_generated_is_up_to_date(name):
+    assert readme.renew(name, DOCS[name]) == DOCS[name], "run python benchmark/readme.py"
+
+
+def test_no_document_lacks_its_blocks_and_none_has_unknown_ones():
+    for name, text in DOCS.items():
+        begun = re.findall(r"<!-- begin ([\w-]+) -->", text)
+        assert sorted(begun) == sorted(readme.BLOCKS.get(name, {}))
+
+
+def test_the_core_details_stand_where_the_table_says():
+    text = DOCS["docs/details.md"]
+    rows = re.findall(r"^\| (\d+) \| (.*\[\d+\]\(\.\./\w+\.py#L\d+\).*) \|$", text, re.M)
     for n, row in rows:
-        links = re.findall(r"\[(\d+)\]\((\w+\.py)#L\1\)", row)
-        assert {script for _, script in links} == set(readme.SCRIPTS)
+        links = re.findall(r"\[(\d+)\]\(\.\./(\w+\.py)#L\1\)", row)
+        assert [script for _, script in links] == list(readme.SCRIPTS)
         for line, script in links:
-            assert f"[detail {n}]" in (ROOT / script).read_text().splitlines()[int(line) - 1]
+            unmarked = readme.UNMARKED.get(int(n)) if script == "ppo_atari.py" else None
+            code = unmarked or f"[detail {n}]"
+            assert code in (ROOT / script).read_text().splitlines()[int(line) - 1]
     assert [int(n) for n, _ in rows] == list(range(1, 14))
+
+
+def test_all_37_details_are_there():
+    text = DOCS["docs/details.md"].partition("## 14 to 22")[2]
+    numbers = [int(n) for n in re.findall(r"^\| (\d+) \|", text, re.M)]
+    assert numbers == list(range(14, 38))
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_code_that_a_link_quotes_stands_in_its_line(name):
+    links = re.findall(r"\[`([^`\n]+)`\]\((?:\.\./)*(\w+\.py)#L(\d+)\)", DOCS[name])
+    assert links or name != "docs/details.md"
+    for code, script, line in links:
+        assert code in (ROOT / script).read_text().splitlines()[int(line) - 1]
+
+
+def test_code_that_stands_nowhere_or_twice_is_an_error():
+    for code in ("def nowhere", "import"):
+        with pytest.raises(UserError, match="not in one"):
+            readme.renew("docs/x.md", f"[`{code}`](../ppo_cartpole.py#L1)")
+
+
+def test_a_result_has_its_chapter_once_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.chapter("new") == ""
+    (tmp_path / "new").mkdir()
+    sections = "## First\n\n[runs](runs.csv)\n\n## Second\n\nmore\n"
+    (tmp_path / "new/summary.md").write_text(f"# A new result\n\n{sections}")
+    text = readme.chapter("new")
+    assert text.startswith('<a id="new"></a>\n\n### A new result\n\n#### First\n')
+    assert "[runs](results/new/runs.csv)" in text and "Second" not in text
+    assert text.endswith("[summary.md](results/new/summary.md).")
 
 
 LIMITS = {"ppo_cartpole": 540, "ppo_continuous": 645, "ppo_atari": 700}
