@@ -23,20 +23,17 @@ import sys
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import ppo_continuous
 from benchmark import (
     Parser,
     UserError,
     cli,
     grids,
-    lockstep,
     markdown,
     number,
     plot,
@@ -68,7 +65,6 @@ class Suspect(NamedTuple):
         return "".join(lines)
 
 
-ADAM = (("eps=1e-5", "eps=1e-8"), (".sqrt() + 1e-5", ".sqrt() + 1e-8"))
 NORMC = (
     ("gain: float = math.sqrt(2)", "gain: float = 1.0"),
     (
@@ -102,7 +98,8 @@ CLIPPED = ("--value-clip", "0.2")
 SUSPECTS = {
     "as-it-is": Suspect("nothing: --preset paper"),
     "adam-epsilon": Suspect(
-        "Adam's epsilon is 1e-8, as in the first public code (baselines da99706)", ADAM
+        "Adam's epsilon is 1e-8, as in the first public code (baselines da99706)",
+        grids.ADAM_EPSILON,
     ),
     "normc": Suspect(
         "weights are Gaussian, scaled to norm 1 per unit, 0.01 for the means (baselines ppo1)",
@@ -123,7 +120,7 @@ SUSPECTS = {
     ),
     "first-code": Suspect(
         "all that the first public code had: Adam, normc, time limit, value clipping, filter floor",
-        (*ADAM, *NORMC, *FLOOR),
+        (*grids.ADAM_EPSILON, *NORMC, *FLOOR),
         (*TERMINAL, *CLIPPED),
         earlier=CLIPPED,
     ),
@@ -148,38 +145,13 @@ SUSPECTS = {
 }
 
 
-def altered(changes: tuple[tuple[str, str], ...]) -> tuple[ModuleType, ModuleType]:
-    """ppo_continuous.py and, on top of it, lockstep.py, with every old text replaced.
-
-    Raises UserError where an old text does not stand in exactly one place of the two.
-    """
-    files = {"ppo_continuous": ppo_continuous.__file__, "benchmark.lockstep": lockstep.__file__}
-    texts = {name: Path(path).read_text() for name, path in files.items()}
-    for old, new in changes:
-        count = sum(text.count(old) for text in texts.values())
-        if count != 1:
-            what = f"ppo_continuous.py and lockstep.py say {old.strip()!r} {count} times, not once"
-            raise UserError(f"{what}: mend benchmark/collapse.py")
-        texts = {name: text.replace(old, new) for name, text in texts.items()}
-    modules = {name: ModuleType(name) for name in files}
-    before = {name: sys.modules[name] for name in files}
-    sys.modules.update(modules)  # where dataclasses look themselves up, and lockstep the script
-    try:
-        for name, module in modules.items():
-            module.__file__ = files[name]
-            exec(compile(texts[name], files[name], "exec"), module.__dict__)
-    finally:
-        sys.modules.update(before)
-    return tuple(modules.values())
-
-
 def suspect_of(call: Call) -> str:
     return call.path.parent.name
 
 
 def answer(call: Call, layout: Layout, mine: list[int], pipe: Connection) -> None:
     """sweep.answer, in a process of its own, with the altered script and the altered crowd."""
-    script, crowd = altered(SUSPECTS[suspect_of(call)].changes)
+    script, crowd = grids.altered(SUSPECTS[suspect_of(call)].changes)
     sys.modules.update({"ppo_continuous": script, "benchmark.lockstep": crowd})
     sweep.answer(call, layout, mine, pipe)
 
@@ -196,7 +168,7 @@ def complete(names: list[str], grid: Grid, settings: list[str], folder: Path, jo
         tables, calls = {name: Table(folder / name, LAYOUT) for name in names}, []
         for name, table in tables.items():
             suspect = SUSPECTS[name]
-            altered(suspect.changes)
+            grids.altered(suspect.changes)
             mine = [*settings, *suspect.flags]
             before = mine if suspect.earlier is None else [*settings, *suspect.earlier]
             grids.check(table, mine, before)

@@ -33,7 +33,6 @@ from benchmark import (
     Parser,
     UserError,
     cli,
-    collapse,
     grids,
     markdown,
     number,
@@ -102,7 +101,7 @@ SETTINGS = {
     "gamma-0.999": Setting("gamma 0.999", {"gamma": "0.999"}),
     "epochs-5": Setting("5 epochs", {"update-epochs": "5"}),
     "relu": Setting("ReLU in place of tanh", {}, RELU),
-    "adam-epsilon": Setting("Adam's epsilon 1e-8 in place of 1e-5", {}, collapse.ADAM),
+    "adam-epsilon": Setting("Adam's epsilon 1e-8 in place of 1e-5", {}, grids.ADAM_EPSILON),
 }
 FINAL = "defaults"  # the setting of all final runs: --preset modern as it is
 
@@ -149,7 +148,7 @@ def answer(call: Call, layout: Layout, mine: list[int], pipe: Connection) -> Non
     """sweep.answer, in a process of its own, with the text of the call's setting."""
     setting = SETTINGS.get(call.labels["setting"])
     if setting is not None and setting.changes:
-        script, crowd = collapse.altered(setting.changes)
+        script, crowd = grids.altered(setting.changes)
         sys.modules.update({"ppo_continuous": script, "benchmark.lockstep": crowd})
     sweep.answer(call, layout, mine, pipe)
 

@@ -3,7 +3,8 @@ that have learned nothing.
 
 A cell is a task, an objective and a seed: a row of runs.csv. plan() makes calls of what is missing;
 measure() fills random.csv, a row per task, policy and seed: actions uniform within their bounds,
-and the Gaussian of a fresh agent, which the paper calls the initial random policy.
+and the Gaussian of a fresh agent, which the paper calls the initial random policy. altered() is the
+script and the crowd with words of their text replaced, for what no flag can change.
 """
 
 import datetime
@@ -14,6 +15,7 @@ import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import envpool
@@ -149,6 +151,35 @@ MOVED = """
 These commands are for commit 6c4213f: since then benchmark/lockstep.py takes `--seeds` and
 `--objectives`, and what was `--preset paper` is `--preset paper --bootstrap-truncated`.
 """
+
+
+# ------------------------------------------------------------------------------- ALTERED TEXTS
+ADAM_EPSILON = (("eps=1e-5", "eps=1e-8"), (".sqrt() + 1e-5", ".sqrt() + 1e-8"))  # a change of text
+
+
+def altered(changes: tuple[tuple[str, str], ...]) -> tuple[ModuleType, ModuleType]:
+    """ppo_continuous.py and, on top of it, lockstep.py, with every old text replaced.
+
+    Raises UserError where an old text does not stand in exactly one place of the two.
+    """
+    files = {"ppo_continuous": ppo.__file__, "benchmark.lockstep": lockstep.__file__}
+    texts = {name: Path(path).read_text() for name, path in files.items()}
+    for old, new in changes:
+        count = sum(text.count(old) for text in texts.values())
+        if count != 1:
+            what = f"ppo_continuous.py and lockstep.py say {old.strip()!r} {count} times, not once"
+            raise UserError(f"{what}: mend the table that alters it")
+        texts = {name: text.replace(old, new) for name, text in texts.items()}
+    modules = {name: ModuleType(name) for name in files}
+    before = {name: sys.modules[name] for name in files}
+    sys.modules.update(modules)  # where dataclasses look themselves up, and lockstep the script
+    try:
+        for name, module in modules.items():
+            module.__file__ = files[name]
+            exec(compile(texts[name], files[name], "exec"), module.__dict__)
+    finally:
+        sys.modules.update(before)
+    return tuple(modules.values())
 
 
 # ------------------------------------------------------------------------------ UNTRAINED POLICIES

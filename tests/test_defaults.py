@@ -5,7 +5,7 @@ import itertools
 import pandas as pd
 import pytest
 
-from benchmark import UserError, collapse, defaults, grids, sweep
+from benchmark import UserError, defaults, grids, sweep
 
 SETTINGS = [name for name in defaults.SETTINGS if name not in ("norm-adv-batch", "relu")]
 
@@ -52,11 +52,11 @@ def test_a_setting_is_the_centre_but_for_what_it_names():
         mine = parsed(name)
         different = {key for key in mine if mine[key] != centre[key]}
         assert different == {key.replace("-", "_") for key in setting.flags}
-        collapse.altered(setting.changes)  # raises where the text is not in the script
+        grids.altered(setting.changes)  # raises where the text is not in the script
 
 
 def test_a_network_of_relus_is_played_as_it_is_learned():
-    script, crowd = collapse.altered(defaults.SETTINGS["relu"].changes)
+    script, crowd = grids.altered(defaults.SETTINGS["relu"].changes)
     agent = script.Agent(11, 3, obs_clip=10.0, log_std=-1.0)
     crowd.crowd_policy([agent], check=True)  # raises where the two differ
     assert [type(layer).__name__ for layer in agent.critic][1::2] == ["ReLU", "ReLU"]
