@@ -142,7 +142,7 @@ class Args:
 def make_envs(args: Args, num_envs: int, seed: int, render: bool = False):
     """`num_envs` consoles, on the seeds `seed`, `seed` + 1, ..., for training and for evaluation.
 
-    With `render`, their screens can be filmed.
+    With `render`, their screens can be filmed.  [detail 1]
     """
     return envpool.make(
         args.env_id,
@@ -179,9 +179,9 @@ def layer_init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
 
 
 class Agent(nn.Module):
-    """Policy and value function on one trunk. With `bfloat16`, the trunk computes in that format.
+    """Policy and value function on one trunk.  [detail 13]
 
-    Weights and results are float32 all the same.
+    With `bfloat16`, the trunk computes in that format. Weights and results are float32 still.
     """
 
     def __init__(self, num_actions: int, bfloat16: bool = False):
@@ -1388,6 +1388,8 @@ def command(argv: list[str]) -> None:
 def main(run_command: Callable[[list[str]], None] = command) -> None:
     """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame renders without a screen
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # so does MuJoCo
     torch.set_num_threads(1)  # for small networks, more cost more than they save
     gc.freeze()  # what the imports left is no garbage; to search it costs some percent of a run
     try:

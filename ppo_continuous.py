@@ -1567,6 +1567,8 @@ def command(argv: list[str]) -> None:
 def main(run_command: Callable[[list[str]], None] = command) -> None:
     """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame renders without a screen
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # so does MuJoCo
     torch.set_num_threads(1)  # for small networks, more cost more than they save
     gc.freeze()  # what the imports left is no garbage; to search it costs some percent of a run
     try:

@@ -46,10 +46,6 @@ DETAILS = {  # the thirteen core details of Huang et al. (2022), and where each 
     ),
     13: ("Policy and value function: shared or separate networks", "section 6.1"),
 }
-UNMARKED = {  # of Atari's script, where these two look different
-    1: "def make_envs",
-    13: "Policy and value function on one trunk",
-}
 
 
 def line_of(script: str, code: str) -> int:
@@ -67,8 +63,7 @@ def details() -> str:
     for n, (what, source) in DETAILS.items():
         row = {"n": n, "detail": what}
         for script in SCRIPTS:
-            unmarked = UNMARKED.get(n) if script == "ppo_atari.py" else None
-            number = line_of(script, unmarked or f"[detail {n}]")
+            number = line_of(script, f"[detail {n}]")
             row[script] = f"[{number}](../{script}#L{number})"
         rows.append(row | {"from": source})
     return markdown(rows).strip()
