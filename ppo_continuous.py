@@ -92,7 +92,7 @@ class Args:
     obs_clip: float = 10.0  # standardised observations are clipped to +- this (paper: 5)
     clip_actions: bool = True  # clip what is sent to the bounds, learn from the raw (paper: no)
     scale_rewards: bool = True  # divide by the deviation of the return, clip to +-10 (paper: no)
-    log_std: float = 0.0  # where the Gaussian's log standard deviation starts
+    log_std: float = -1.0  # where the Gaussian's log standard deviation starts (paper: 0)
 
     gamma: float = 0.99  # discount factor (eq. 10)
     gae_lambda: float = 0.95  # lambda of GAE (eq. 11)
@@ -135,6 +135,7 @@ PAPER = {
     "obs_clip": 5.0,
     "clip_actions": False,
     "scale_rewards": False,
+    "log_std": 0.0,
     "norm_adv": "batch",
     "bootstrap_truncated": False,
     "anneal_lr": False,

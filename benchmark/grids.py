@@ -9,6 +9,7 @@ script and the crowd with words of their text replaced, for what no flag can cha
 
 import datetime
 import itertools
+import json
 import re
 import sys
 import warnings
@@ -63,6 +64,13 @@ LAYOUT = Layout(
     measure=kl_of_updates,
     defaults={"bootstrap_truncated": "True"},  # at that time there was nothing else
 )
+
+
+def paper_curve(task: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """PPO's curve in Figure 3: steps and returns, as plot.Groups has them; [] where it has none."""
+    figure3 = json.loads((ROOT / "benchmark/paper/figure3_mujoco_curves.json").read_text())
+    points = figure3.get(task.replace("-v4", "-v1"), {}).get("PPO(Clip)", {}).get("line")
+    return [tuple(np.array(points).T)] if points else []
 
 
 class Grid(NamedTuple):

@@ -26,7 +26,6 @@ folder of your own, --results mine.
 """
 
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
@@ -370,7 +369,6 @@ def tell_learning(folder: Path, runs: pd.DataFrame, grid: Grid, curves: dict) ->
 
     Draws learning.png, and writes the table as learning.md too.
     """
-    figure = json.loads((ROOT / "benchmark/paper/figure3_mujoco_curves.json").read_text())
     cleanrl = pd.read_csv(ROOT / "benchmark/paper/cleanrl.csv")
     cleanrl = cleanrl.set_index(["env_id", "total_timesteps"])
     returns = sweep.numbers(runs["last_100_return"])
@@ -387,13 +385,13 @@ def tell_learning(folder: Path, runs: pd.DataFrame, grid: Grid, curves: dict) ->
             if (task, steps) in cleanrl.index:
                 other = cleanrl.loc[(task, steps), ["mean", "std"]]
                 row[column] = " ± ".join(number(x) for x in other.dropna())
-        points = figure.get(task.replace("-v4", "-v1"), {}).get("PPO(Clip)", {}).get("line")
-        table.append(row | {"the paper, Figure 3": number(points[-1][1]) if points else ""})
+        paper = grids.paper_curve(task)
+        table.append(row | {"the paper, Figure 3": number(paper[0][1][-1]) if paper else ""})
         groups = {}
         if "clip:0.2" in curves.get(task, {}):
             groups[lines[0]] = curves[task]["clip:0.2"]
-        if points:
-            groups[lines[1]] = [tuple(np.array(points).T)]
+        if paper:
+            groups[lines[1]] = paper
         panels.append((task, groups, lines))
     draw(folder / "learning.png", panels, 4, "return (last 100)")
     (folder / "learning.md").write_text(markdown(table))
