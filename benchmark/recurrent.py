@@ -115,7 +115,7 @@ def report() -> None:
     slower = sps["feed-forward"] / sps["recurrent"]
     text += "\nWith the memory, a run of the same seed, made just before or after, was "
     text += f"{slower.median():.1f} times slower per step ({slower.min():.1f} to "
-    text += f"{slower.max():.1f}).\n"
+    text += f"{slower.max():.1f}).\n\n![Learning curves](curves.png)\n"
     (RESULTS / "summary.md").write_text(text)
     points = sweep.read(RESULTS / "curves.csv")
     groups = plot.groups_of(points, "policy", "episodic_return")
