@@ -338,8 +338,9 @@ def main(argv: list[str]) -> None:
         seeds = args.seeds or list(SEARCH_SEEDS if args.search else FINAL_SEEDS)
         settings = grids.common_flags("modern", args.total_timesteps, [])
         calls = plan(names, tasks, seeds, settings, Table(where, LAYOUT))
-        scale = [*settings, "--log-std=0"]  # the same 0 of the scale, whatever the defaults are
-        grids.measure(Grid(tasks, [], seeds), scale, args.results / "random.csv")
+        if args.search:
+            scale = [*settings, "--log-std=0"]  # the same 0 of the scale, whatever the defaults are
+            grids.measure(Grid(tasks, [], seeds), scale, args.results / "random.csv")
         engine = sweep.choose_engine(args, len(sweep.CORES))
         if args.engine == "local":
             engine = partial(engine, target=answer)
