@@ -1347,6 +1347,8 @@ class Run:
         self.bar = tqdm(
             total=steps, initial=done, desc=self.title, unit_scale=True, disable=self.hide_bar
         )
+        if getattr(args, "compile", False):
+            self.bar.set_postfix_str("the first update compiles")
 
     def make_folder(self) -> None:
         """Raises UserError where there is a folder, and it is not empty."""

@@ -457,6 +457,8 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     total = args.num_updates * args.batch_size * count
     bar = tqdm(total=total, initial=done * args.batch_size * count, unit_scale=True, disable=None)
     bar.set_description(f"{args.env_id} x{count}")
+    if args.compile:
+        bar.set_postfix_str("the first update compiles")
 
     def save() -> None:
         each = zip(runs, states, parts, strict=True)
@@ -522,6 +524,7 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
                 )
 
             # LOG
+            bar.set_postfix_str("", refresh=False)
             bar.update(args.batch_size * count)
             finished = [[] for _ in crowd]
             for row, episode_return, length in episodes:

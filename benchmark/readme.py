@@ -104,7 +104,12 @@ def speed_short() -> str:
     """Of the table in speed/mujoco.md, the rows of those that learn and the plainest columns."""
     wanted = ("contestant", "steps/s", "per core", "memory, GB")
     rows = [row for row in table("speed/mujoco.md") if row["first update, s"]]
-    return markdown([{name: row[name] for name in wanted} for row in rows]).strip()
+    per_core = {row["contestant"]: float(row["per core"].replace(",", "")) for row in rows}
+    peer = per_core["Stable-Baselines3 PPO"]
+    one, *_, many = [x / peer for name, x in per_core.items() if "continuous" in name]
+    said = f"Per core, one agent is {one:.1f} times as fast as Stable-Baselines3, and 33 agents "
+    said += f"side by side ([lockstep.py](benchmark/lockstep.py)) are {many:.1f} times as fast."
+    return f"{markdown([{name: row[name] for name in wanted} for row in rows])}\n{said}"
 
 
 def atari_of_others() -> str:
@@ -129,8 +134,8 @@ def in_short() -> str:
     found = {
         "[Table 1](benchmark/README.md#the-papers-table-1), time limits bootstrapped": (
             f"`clip:0.2` scores {ours[0]}, `none` {ours[1]}; "
-            f"the paper {clip['the paper']} and {none['the paper']}, "
-            "with a 0 and a 1 that it does not define: compare the order"
+            f"the paper {clip['the paper']} and {none['the paper']}. "
+            "It does not say which returns score 0 and 1: compare the order"
         ),
         "[MuJoCo](benchmark/README.md#defaults), defaults, ten seeds, greedy": (
             f"{', '.join(finals)}; beside Tianshou's ten seeds {against}"
@@ -145,9 +150,9 @@ def in_short() -> str:
             f"{pong['last 100 games, mean']} after {pong['steps']} steps"
         ),
         "[GRPO](benchmark/README.md#grpo-grpo_toypy), held-out questions": (
-            f"right before and after: sorting {grpo['sort']['pass@1 before']}, "
-            f"{grpo['sort']['pass@1 after']}; arithmetic "
-            f"{grpo['countdown']['pass@1 before']}, {grpo['countdown']['pass@1 after']}"
+            f"share that is right: sort {grpo['sort']['pass@1 before']} before training, "
+            f"{grpo['sort']['pass@1 after']} after; countdown {grpo['countdown']['pass@1 before']} "
+            f"before, {grpo['countdown']['pass@1 after']} after"
         ),
     }
     return markdown([{"what": what, "result": text} for what, text in found.items()]).strip()
