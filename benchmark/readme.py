@@ -126,7 +126,7 @@ def in_short() -> str:
     finals = []
     for row in table("defaults/summary.md"):
         finals.append(f"{row['task'].removesuffix('-v4')} {row['greedy: mean [95%]'].split()[0]}")
-    against = re.search(r"ours are (.*)\.$", result("defaults/summary.md"), re.M)[1]
+    against = re.search(r"our mean is (.*)\.$", result("defaults/summary.md"), re.M)[1]
     classic = {row["task"]: row for row in table("classic/summary.md")}
     pong = table("atari/summary.md")[0]
     grpo = {row[""]: row for row in table("grpo/summary.md")}
@@ -138,7 +138,7 @@ def in_short() -> str:
             "It does not say which returns score 0 and 1: compare the order"
         ),
         "[MuJoCo](benchmark/README.md#defaults), defaults, ten seeds, greedy": (
-            f"{', '.join(finals)}; beside Tianshou's ten seeds {against}"
+            f"{', '.join(finals)}. Beside Tianshou's ten seeds our mean is {against}"
         ),
         "[CartPole](benchmark/README.md#cartpole-acrobot-lunarlander-ppo_cartpolepy)": (
             f"{classic['cartpole'][reached]} seeds solve it"

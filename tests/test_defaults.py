@@ -105,7 +105,7 @@ def test_the_report_says_what_the_runs_say_twice_the_same(tmp_path):
     assert "Not all runs are there of `norm-adv-batch`, `relu`." in summary
 
     verdicts = summary[summary.index("Welch's t") :]
-    assert [cells(verdicts, f"{name}-v4")[3] for name in ("HalfCheetah", "Hopper", "Walker2d")] == [
+    assert [cells(verdicts, f"{name}-v4")[4] for name in ("HalfCheetah", "Hopper", "Walker2d")] == [
         "better",
         "equal within intervals",
         "worse",
