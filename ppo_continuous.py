@@ -54,6 +54,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -163,7 +164,9 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
         else:
             options |= {"vectorization_mode": "sync", "wrappers": [Checked]}
             options["disable_env_checker"] = True  # Checked does that
-            envs = gym.make_vec(args.env_id, num_envs, **options)
+            # of MuJoCo's -v4 Gymnasium says that there is -v5; EnvPool has no other
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+                envs = gym.make_vec(args.env_id, num_envs, **options)
     except (Exception, SystemExit) as reason:  # an environment may raise anything
         what = f"cannot make {args.env_id!r}: {type(reason).__name__}: {reason}"
         raise UserError(what + import_hint(reason)) from reason
