@@ -524,8 +524,8 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
                 )
 
             # LOG
-            bar.set_postfix_str("", refresh=False)
             bar.update(args.batch_size * count)
+            bar.set_postfix_str("", refresh=False)
             finished = [[] for _ in crowd]
             for row, episode_return, length in episodes:
                 t, column = divmod(row, args.num_envs * count)

@@ -27,7 +27,7 @@ from benchmark.sweep import read
 ROOT = Path(ppo_cartpole.__file__).parent
 EXAMPLES = ROOT / "examples"
 # changed lines, added or removed; a longer patch is no lesson any more
-LIMITS = {"recurrent": 65, "multidiscrete": 35, "action-mask": 30, "my-loss": 30}
+LIMITS = {"recurrent": 68, "multidiscrete": 35, "action-mask": 30, "my-loss": 30}
 TOOLS = {
     "git": ["git", "apply", "-v"],
     "patch": ["patch", "--strip=1", "--fuzz=0", "--input"],
@@ -139,10 +139,11 @@ class Dials(gym.Env):
 class Doors(gym.Env):
     """Four doors, of which two can be opened; the one further to the right pays 1.
 
-    Observations are the mask alone. The last one of an episode allows nothing.
+    An observation is a number that says nothing, and the mask. The last one of an episode allows
+    nothing.
     """
 
-    observation_space = gym.spaces.Box(0, 1, (4,), np.float32)
+    observation_space = gym.spaces.Box(0, 1, (5,), np.float32)
     action_space = gym.spaces.Discrete(4)
 
     def reset(self, *, seed=None, options=None):
@@ -154,7 +155,7 @@ class Doors(gym.Env):
         self.mask = np.zeros(4, np.float32)
         if self.count < 5:
             self.mask[self.np_random.choice(4, 2, replace=False)] = 1
-        return self.mask
+        return np.append(np.float32(self.np_random.random()), self.mask)
 
     def step(self, action):
         if not self.mask[action]:
@@ -164,7 +165,29 @@ class Doors(gym.Env):
         return self.observe(), reward, self.count == 5, False, {}
 
 
+class Ragged(gym.Env):
+    """Random observations and rewards. Episodes of 2 to 6 steps end one way or the other."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(2, 7))
+        return self.observe(), {}
+
+    def observe(self):
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32)
+
+    def step(self, action):
+        self.left -= 1
+        terminated = self.left == 0 and self.np_random.random() < 0.5
+        truncated = self.left == 0 and not terminated
+        return self.observe(), float(self.np_random.normal()), terminated, truncated, {}
+
+
 gym.register("Recall-v0", Recall)
+gym.register("Ragged-v0", Ragged)
 gym.register("Dials-v0", Dials, max_episode_steps=5)
 gym.register("Doors-v0", Doors, max_episode_steps=100)
 
@@ -207,32 +230,41 @@ class Recorder:
 
 
 # ------------------------------------------------------------------------------------- recurrent
-ROWS = 6  # of an episode of Lever-v0: 5 steps and a reset
+RAGGED = "--env-id Ragged-v0 --num-envs 4 --num-steps 32 --num-minibatches 2 --eval-episodes 1"
+RAGGED += " --no-anneal-lr --gamma 0.9 --checkpoint-every 1000"
 
 
 @pytest.fixture(scope="module")
 def still(patched, tmp_path_factory):
-    """The recurrent script on Lever-v0 for three updates that learn nothing: what it recorded."""
+    """The recurrent script on Ragged-v0 for three updates that learn nothing: what it recorded."""
     module = patched("recurrent")
-    flags = "--env-id Lever-v0 --num-envs 4 --num-steps 32 --total-timesteps 384 --eval-episodes 1"
-    flags += " --num-minibatches 2 --learning-rate 1e-12 --no-anneal-lr --gamma 0.9"
+    flags = f"{RAGGED} --total-timesteps 384 --learning-rate 1e-12"
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(module, patch)
         trained(module, flags, tmp_path_factory.mktemp("still"))
     return recorder
 
 
-@pytest.fixture(scope="module")
-def memories(still):
+def begins(recorder: Recorder) -> torch.Tensor:
+    """Whether an episode begins in a row, [all steps, N]: in the first, and after every reset."""
+    valid = recorder.over_time("valid")
+    return torch.cat([torch.ones_like(valid[:1]), ~valid[:-1]])
+
+
+def remember(recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
     """The memory before every row and after it, [all steps, N, H]: told anew, by the episodes."""
-    obs = still.over_time("obs")
-    before, after = [], []
+    obs, first = recorder.over_time("obs"), begins(recorder)
+    before, after = [], [torch.zeros(4, 64)]
     with torch.no_grad():
         for t in range(len(obs)):
-            memory = torch.zeros(4, 64) if t % ROWS == 0 else after[-1]
-            before.append(memory)
-            after.append(still.agent.gru(obs[t], memory))
-    return torch.stack(before), torch.stack(after)
+            before.append(after[-1].masked_fill(first[t].unsqueeze(1), 0))
+            after.append(recorder.agent.gru(obs[t], before[-1]))
+    return torch.stack(before), torch.stack(after[1:])
+
+
+@pytest.fixture(scope="module")
+def memories(still):
+    return remember(still)
 
 
 CLOSE = {"rtol": 0, "atol": rounding(128, 1)}  # sums of some hundred products below 1
@@ -244,10 +276,10 @@ def test_the_memory_is_empty_where_an_episode_begins_and_nowhere_else(still, mem
     assert recorded.shape == (3 * 32, 4, 64)
     torch.testing.assert_close(recorded, before, **CLOSE)
     empty = (recorded == 0).all(-1)
-    begins = torch.arange(3 * 32) % ROWS == 0
-    assert (empty == begins.unsqueeze(1)).all()
+    assert torch.equal(empty, begins(still))
+    assert (empty.any(1) & ~empty.all(1)).any()  # of some actors, while others remember
     # so it goes on from one rollout to the next, in whose middle an episode may be
-    assert not empty[32].any() and not empty[64].any()
+    assert not empty[32].all() and not empty[64].all()
 
 
 def test_the_recurrent_policy_is_one_in_rollout_and_update(still, memories):
@@ -267,12 +299,15 @@ def test_the_recurrent_policy_is_one_in_rollout_and_update(still, memories):
         torch.testing.assert_close(loss["kl"], torch.zeros_like(loss["kl"]), **CLOSE)
         torch.testing.assert_close(loss["values"], loss["batch"]["values"], **CLOSE)
         assert loss["log_prob"].requires_grad and loss["values"].requires_grad
+        advantages = loss["batch"]["advantages"]  # standardised, over transitions alone
+        assert abs(advantages.mean()) < 1e-5 and advantages.std() == pytest.approx(1, abs=1e-4)
     # every transition once in an epoch, no reset step
-    sizes = [len(loss["log_prob"]) for loss in still.losses]
     for update, batch in enumerate(still.batches):
+        expected = batch["returns"][batch["valid"]].sort().values
         for epoch in range(4):
             first = update * 8 + epoch * 2
-            assert sum(sizes[first : first + 2]) == batch["valid"].sum() < 4 * 32
+            parts = [loss["batch"]["returns"] for loss in still.losses[first : first + 2]]
+            assert torch.equal(torch.cat(parts).sort().values, expected)
 
 
 def test_a_truncated_sequence_is_bootstrapped_with_the_memory_of_its_last_observation(
@@ -293,11 +328,12 @@ def test_a_truncated_sequence_is_bootstrapped_with_the_memory_of_its_last_observ
                 ends[name] += 1
     assert min(ends.values()) > 10
     # and where a rollout ends in mid-episode, with that of the next observation
+    ended = still.over_time("terminated") | still.over_time("truncated")
     for t in (31, 63):
         expected = rewards[t] + 0.9 * values[t + 1] - values[t]
-        inside = still.over_time("valid")[t]
-        assert inside.all()
-        torch.testing.assert_close(advantages[t], expected, rtol=0, atol=1e-5)
+        inside = still.over_time("valid")[t] & ~ended[t]
+        assert inside.any()
+        torch.testing.assert_close(advantages[t][inside], expected[inside], rtol=0, atol=1e-5)
 
 
 def test_gradients_flow_through_time_and_not_through_an_end(still, patched):
@@ -311,12 +347,27 @@ def test_gradients_flow_through_time_and_not_through_an_end(still, patched):
     for place, memory in zip(places, rows["obs"], strict=True):
         (grad,) = torch.autograd.grad(memory.sum(), obs, retain_graph=True)
         reached = (grad[0] != 0).any(-1).nonzero().squeeze(1).tolist()
-        assert reached == list(range(place - place % ROWS, place + 1))
+        start = begins(still)[: place + 1, 0].nonzero().max().item()
+        assert reached == list(range(start, place + 1))
 
     # what the value function learns does not reach the memory
     value = still.agent.value(rows["obs"]).sum()
     grads = torch.autograd.grad(value, list(still.agent.gru.parameters()), allow_unused=True)
     assert all(grad is None for grad in grads)
+
+
+def test_the_kl_after_an_update_is_that_of_the_memories_it_has_now(patched, tmp_path, monkeypatch):
+    module = patched("recurrent")
+    recorder = Recorder(module, monkeypatch)
+    trained(module, f"{RAGGED} --total-timesteps 128 --learning-rate 0.01", tmp_path)
+    _, after = remember(recorder)
+    with torch.no_grad():
+        new = recorder.agent.policy(after)
+    old = recorder.batches[0]["log_probs"].transpose(0, 1)
+    valid = recorder.over_time("valid")
+    expected = (old.exp() * (old - new)).sum(-1)[valid].mean().item()
+    found = float(read(tmp_path / "run/metrics.csv")["losses/kl_after_update"][0])
+    assert expected > 1e-3 and found == pytest.approx(expected, rel=1e-3)
 
 
 RECALL = f"--env-id Recall-v0 --total-timesteps 8192 {SMALL}"
@@ -378,7 +429,7 @@ def test_a_resumed_recurrent_run_ends_with_the_same_bits(patched, tmp_path, monk
 def test_recurrent_wants_minibatches_of_whole_actors(patched):
     module = patched("recurrent")
     flags = "--num-envs 8 --num-steps 64 --num-minibatches 16"
-    with pytest.raises(module.UserError, match="does not divide into 16 minibatches"):
+    with pytest.raises(module.UserError, match="--num-minibatches must divide --num-envs"):
         module.check_args(module.parse_args(flags.split()))
 
 
@@ -409,9 +460,13 @@ def test_multidiscrete_is_independent_categoricals(patched):
     assert [set(drawn[:, k]) for k in columns] == [{0, 1}, {0, 1, 2}]
 
 
-def test_multidiscrete_learns(patched, tmp_path):
+def test_multidiscrete_learns(patched, tmp_path, monkeypatch):
     module = patched("multidiscrete")
-    score = trained(module, f"--env-id Dials-v0 --total-timesteps 10240 {SMALL}", tmp_path)
+    with monkeypatch.context() as patch:
+        recorder = Recorder(module, patch)
+        score = trained(module, f"--env-id Dials-v0 --total-timesteps 10240 {SMALL}", tmp_path)
+    first = recorder.rollouts[0]["actions"].flatten(0, 1).tolist()
+    assert len(set(map(tuple, first))) == 6  # each dial has a noise of its own
     assert score > 4.5  # of 5; chance gives 2.1
     policy = module.load_policy(str(tmp_path / "run"))
     obs = np.array([[0, -1], [1, 1], [0, 0]], np.float32)
@@ -439,13 +494,13 @@ def test_a_masked_action_is_never_taken(patched, tmp_path, monkeypatch):
 
     # in updates it has no probability, no part in entropy or KL, and no gradient
     for batch in recorder.batches:
-        mask = batch["obs"][batch["valid"]] > 0
+        mask = batch["obs"][batch["valid"]][:, 1:] > 0
         probabilities = batch["log_probs"][batch["valid"]].exp()
         assert (probabilities[~mask] == 0).all()
         assert torch.isfinite(batch["log_probs"]).all()  # after the end, where none is allowed
     for loss in recorder.losses:
         taken = loss["batch"]["actions"].unsqueeze(-1)
-        assert (loss["batch"]["obs"].gather(-1, taken) == 1).all()
+        assert (loss["batch"]["obs"][:, 1:].gather(-1, taken) == 1).all()
         assert (loss["entropy"] <= np.log(2) + 1e-6).all()
         assert torch.isfinite(loss["kl"]).all()
 
@@ -453,7 +508,7 @@ def test_a_masked_action_is_never_taken(patched, tmp_path, monkeypatch):
     module.evaluate(agent, replace(args, sample_actions=True), tmp_path)
     for sample_actions in (False, True):
         policy = module.load_policy(str(tmp_path / "run"), sample_actions)
-        obs = np.tile(np.array([0, 1, 1, 0], np.float32), (1000, 1))
+        obs = np.tile(np.array([1, 0, 1, 1, 0], np.float32), (1000, 1))
         assert set(policy(obs)) <= {1, 2}
 
 
@@ -498,6 +553,26 @@ def test_spo_learns_by_its_flag(patched, tmp_path):
         with pytest.raises(module.UserError, match="spo:EPS"):
             module.parse_objective(text)
     assert module.parse_objective("clip:0.1") == tuple(ppo_cartpole.parse_objective("clip:0.1"))
+
+
+@pytest.mark.parametrize("logratio", [22.0, 89.0, 1e4])
+def test_spo_is_finite_where_the_ratio_is_not(patched, logratio):
+    module = patched("my-loss")
+    log_prob, one = torch.tensor([logratio], requires_grad=True), torch.ones(1)
+    batch = {"log_prob": 0 * one, "advantages": -one, "returns": one, "values": one}
+    terms = module.ppo_loss(
+        log_prob=log_prob,
+        entropy=one,
+        kl=one,
+        values=one,
+        batch=batch,
+        objective=module.parse_objective("spo:0.2"),
+        beta=0.0,
+        args=module.Args(),
+    )
+    terms["policy_loss"].sum().backward()
+    assert all(torch.isfinite(term).all() for term in terms.values())
+    assert torch.isfinite(log_prob.grad.square()).all()  # as the norm of the gradient takes it
 
 
 # ------------------------------------------------------------------------ benchmark/recurrent.py
