@@ -6,6 +6,7 @@ change there too, and write the patch anew: docs/changing.md says how.
 
 import functools
 import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -518,24 +519,28 @@ def test_without_the_patch_a_masked_action_is_taken(tmp_path):
 
 
 # --------------------------------------------------------------------------------------- my loss
+def spo_terms(module: ModuleType, log_prob: torch.Tensor, old_log_prob: float, advantage: float):
+    """ppo_loss() of one transition, [1] each."""
+    one = torch.ones(1)
+    batch = {"log_prob": old_log_prob * one, "advantages": advantage * one}
+    return module.ppo_loss(
+        log_prob=log_prob,
+        entropy=one,
+        kl=one,
+        values=one,
+        batch=batch | {"returns": one, "values": one},
+        objective=module.parse_objective("spo:0.2"),
+        beta=0.0,
+        args=module.Args(),
+    )
+
+
 @pytest.mark.parametrize("advantage", [-2.0, -0.5, 0.5, 2.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.8, 1.0, 1.2, 1.5])
 def test_spo_is_its_formula(patched, ratio, advantage):
     module = patched("my-loss")
     log_prob = torch.tensor([-1.0], requires_grad=True)
-    one = torch.ones(1)
-    batch = {"log_prob": -1 - torch.log(ratio * one), "advantages": advantage * one}
-    batch |= {"returns": one, "values": one}
-    terms = module.ppo_loss(
-        log_prob=log_prob,
-        entropy=one,
-        kl=one,
-        values=one,
-        batch=batch,
-        objective=module.parse_objective("spo:0.2"),
-        beta=0.0,
-        args=module.Args(),
-    )
+    terms = spo_terms(module, log_prob, -1 - math.log(ratio), advantage)
     gain = ratio * advantage - abs(advantage) / (2 * 0.2) * (ratio - 1) ** 2
     assert -terms["policy_loss"].item() == pytest.approx(gain, abs=1e-5)
     terms["policy_loss"].sum().backward()
@@ -558,18 +563,8 @@ def test_spo_learns_by_its_flag(patched, tmp_path):
 @pytest.mark.parametrize("logratio", [22.0, 89.0, 1e4])
 def test_spo_is_finite_where_the_ratio_is_not(patched, logratio):
     module = patched("my-loss")
-    log_prob, one = torch.tensor([logratio], requires_grad=True), torch.ones(1)
-    batch = {"log_prob": 0 * one, "advantages": -one, "returns": one, "values": one}
-    terms = module.ppo_loss(
-        log_prob=log_prob,
-        entropy=one,
-        kl=one,
-        values=one,
-        batch=batch,
-        objective=module.parse_objective("spo:0.2"),
-        beta=0.0,
-        args=module.Args(),
-    )
+    log_prob = torch.tensor([logratio], requires_grad=True)
+    terms = spo_terms(module, log_prob, 0.0, -1.0)
     terms["policy_loss"].sum().backward()
     assert all(torch.isfinite(term).all() for term in terms.values())
     assert torch.isfinite(log_prob.grad.square()).all()  # as the norm of the gradient takes it
