@@ -6,12 +6,12 @@
     python benchmark/figure3.py --engine ray      # on a Ray cluster; see requirements-ray.txt
 
 A cell is a task, an algorithm and a seed: one process of a file of benchmark/baselines/, a row of
-runs.csv. There is one such process on each core. Whatever stops this command, the same command goes
+runs.csv. There is one such process on each core. If this command is stopped, give it again: it goes
 on from the last checkpoints and ends with the same numbers. PPO is not run here: its rows are those
 of clip:0.2 in benchmark/results/table1/, whatever seeds are there.
 
 Results are benchmark/results/figure3/: runs.csv and curves.csv, from which the report makes
-summary.md and the pictures. It says what is missing.
+summary.md and the pictures. The report lists the runs that are missing.
 """
 
 import itertools
@@ -55,12 +55,16 @@ DRAWS = 10_000  # of the bootstrap
 
 
 def measure(facts: dict, metrics: pd.DataFrame, folder: Path) -> dict:
-    """updates, of CEM the generations; kl_median and kl_max."""
-    return grids.kl_of_updates(facts, metrics, folder) | {"updates": len(metrics)}
+    """updates, of CEM the generations; kl_median and kl_max; projected, see a2c.py."""
+    projected = metrics.get("losses/projected")
+    return grids.kl_of_updates(facts, metrics, folder) | {
+        "updates": len(metrics),
+        "projected": None if projected is None else float(projected.mean()),
+    }
 
 
 COLUMNS = "env_id algorithm seed total_timesteps transitions updates last_100_return"
-COLUMNS += " eval_return_mean eval_return_std eval_episodes kl_median kl_max"
+COLUMNS += " eval_return_mean eval_return_std eval_episodes kl_median kl_max projected"
 COLUMNS += " wall_seconds sps started git_commit cpu cores python"
 LAYOUT = Layout(
     key=("env_id", "algorithm", "seed"),
@@ -123,13 +127,19 @@ def complete(grid: Grid, folder: Path, total_timesteps: int, engine) -> None:
 
 # ----------------------------------------------------------------------------------------- SCORES
 def read_ppo(folder: Path) -> sweep.Rows:
-    """The rows of clip:0.2 in a folder of benchmark/table1.py, none where there is no such file."""
+    """The rows of clip:0.2 in a folder of benchmark/table1.py, none where there is no such file.
+
+    Raises UserError where they have other details: those of the paper's time are compared here.
+    """
     found = []
     for name in ("runs.csv", "curves.csv"):
         rows = pd.DataFrame(columns=[*grids.LAYOUT.columns, "global_step", "episodic_return"])
         if (folder / name).exists():
             rows = sweep.read(folder / name)
         rows = rows[rows["objective"] == "clip:0.2"]
+        if name == "runs.csv" and not rows["bootstrap_truncated"].eq("False").all():
+            what = f"the runs of {folder} go on at a time limit, those of the others end there"
+            raise UserError(f"{what}; give another --ppo")
         found.append(rows.assign(algorithm="ppo"))
     return sweep.Rows(*found)
 
@@ -168,7 +178,7 @@ def resampled_means(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def ranks_of_ppo(returns: list[np.ndarray], rng: np.random.Generator) -> tuple[int, np.ndarray]:
     """The returns of several algorithms on a task, PPO's first -> PPO's rank, and in each resample.
 
-    The seeds of every algorithm are drawn on their own.
+    The seeds of every algorithm are drawn on their own. A tie counts for PPO.
     """
     means = np.array([x.mean() for x in returns])
     draws = np.array([resampled_means(x, rng) for x in returns])
@@ -267,8 +277,10 @@ def tell_ranks(returns: dict, grid: Grid, ends: pd.Series) -> str:
     return f"""## Where PPO stands
 
 PPO's rank by the mean return of the last 100 episodes, 1 for the highest, and its bootstrap 95% \
-interval; the other
-algorithms are vanilla policy gradient, A2C, A2C with a trust region and CEM.
+interval; a tie counts
+for PPO. The other algorithms are vanilla policy gradient, A2C, A2C with a trust region and CEM. \
+From so few seeds the
+resamples are surer than they should be.
 
 {markdown([*table, last])}
 """
@@ -293,7 +305,9 @@ def tell_disagreements(returns: dict, grid: Grid, ends: pd.Series) -> str:
         return ""
     return f"""## The largest disagreement of each algorithm
 
-In percent of the distance between the paper's best and worst algorithm on that task.
+In percent of the distance between the paper's best and worst algorithm on that task. The paper's \
+TRPO is one curve. Its
+sigma was probably frozen, so `trpo-learned` has reason to differ.
 
 {markdown(table)}
 """
@@ -312,7 +326,9 @@ def tell_generations(runs: pd.DataFrame, grid: Grid) -> str:
         return ""
     return f"""## CEM's generations
 
-A generation is an episode of each of 200 candidates. Medians over seeds.
+A generation is an episode of each of 200 candidates. Medians over seeds. The last generation is \
+played to its end, so a
+run may have more steps than those of the others.
 
 {markdown(table)}
 """
@@ -330,12 +346,18 @@ def tell_updates(runs: pd.DataFrame, grid: Grid) -> str:
         table.append(row)
     if not table:
         return ""
-    return f"""## How far an update goes
+    text = f"""## How far an update goes
 
 KL[old, new] of an update: median, and in brackets the largest of all.
 
 {markdown(table)}
 """
+    projected = sweep.numbers(runs["projected"]).dropna()
+    if len(projected):
+        share, most = projected.mean(), projected.max()
+        text += f"The trust region of `a2c-tr` changes the gradient in {share:.2%} of all states, "
+        text += f"at most in {most:.2%} of those of a run.\n\n"
+    return text
 
 
 def tell_origin(runs: pd.DataFrame) -> str:

@@ -6,22 +6,26 @@
     python benchmark/humanoid_ppo.py --evaluate runs/mine --capture-video
 
 Read ppo_continuous.py first: rollouts, advantages, loss, minibatches and run folders are its own
-functions, and its flags are flags here. What is new, each with the flag that takes it away:
+functions, and its flags are flags here. What is new, with its flag where it has one:
 
     many actors        64 environments x 128 steps                     --num-envs, --num-steps
     a larger network   512-256-128 ELU units, which the policy and the value function share
     the step size      follows the KL of each minibatch: adapt_lr()    --no-adapt-lr
     values             learned with mean 0 and deviation 1             --no-norm-values
     rewards            times 0.1, and no running scale                 --reward-scale
-    less noise         sigma starts at 0.4, the actions' bound         --log-std
     the value loss     clipped, as the policy's is                     --value-clip None
     dead inputs        count for nothing, in another simulator too: Agent.normalise()
 
-In spirit that is Table 4 of the paper (Roboschool's humanoid): many actors, a step size "adjusted
-based on the target value of the KL divergence", little noise. The numbers are those that rl_games
-has for EnvPool's Humanoid-v4 (https://github.com/Denys88/rl_games, humanoid_envpool.yaml of 2022).
-What it has besides and this file has not: a smooth clip, a small pull of actions towards 0, values
-cut at +-5 deviations, weights as PyTorch draws them, minibatches of neighbouring environments.
+All numbers of the recipe stand in Args, also those that ppo_continuous.py has too.
+
+In spirit that is Table 4 of the paper (Roboschool's humanoid): many actors, and a step size
+"adjusted based on the target value of the KL divergence". The numbers are those that rl_games has
+for EnvPool's Humanoid-v4 (https://github.com/Denys88/rl_games, humanoid_envpool.yaml of 2022). What
+rl_games has and this file has not: a smooth clip, a small pull of actions towards 0, values cut at
++-5 deviations, weights as PyTorch draws them, minibatches of neighbouring environments. What it
+does otherwise: it sets the step size after a step, not before it, from KL[new, old], not KL[old,
+new]; its Adam has an epsilon of 1e-8; values count in the statistics of returns; at a time limit it
+goes on with V of the last state but one.
 
 Actions. rl_games acts within [-1, 1] and multiplies by 0.4, the bound of Humanoid's actions. Here
 the Gaussian lives in the simulator's units: Agent multiplies the mean by the bound, and a sigma
@@ -56,16 +60,21 @@ class Args(ppo.Args):
     """PPO for Humanoid. The flags of ppo_continuous.py, some with other defaults, and more."""
 
     env_id: str = "Humanoid-v4"  # Humanoid-v4 or another version of it
+    objective: str = "clip:0.2"  # clip:EPS (eq. 7) alone
     total_timesteps: int = 10_000_000  # environment steps, reset steps too, in whole updates
     num_envs: int = 64  # parallel actors (N)
     num_steps: int = 128  # steps of each actor per update (T)
 
     obs_clip: float = 5.0  # standardised observations are clipped to +- this
+    clip_actions: bool = True  # clip what is sent to the bounds, learn from the raw
     scale_rewards: bool = False  # not here: --reward-scale and --norm-values do that
     reward_scale: float = 0.1  # rewards are multiplied by this
     log_std: float = -0.92  # where the Gaussian's log standard deviation starts: at log 0.4
     norm_values: bool = True  # the value function learns returns of mean 0 and deviation 1
 
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of GAE
+    bootstrap_truncated: bool = True  # a time limit is no end: go on with V
     norm_adv: Literal["batch", "minibatch", "none"] = "batch"  # standardise advantages
     update_epochs: int = 5  # passes over the batch per update (K)
     num_minibatches: int = 4  # minibatches per pass: of 2,048 transitions
@@ -76,6 +85,7 @@ class Args(ppo.Args):
     kl_since: Literal["visit", "rollout"] = "visit"
     anneal_lr: bool = False  # with --no-adapt-lr: decay the step size linearly to 0
     vf_coef: float = 2.0  # weight of (V - V_targ)^2, without 1/2; rl_games: 4, with 1/2
+    ent_coef: float = 0.0  # weight of the entropy bonus
     value_clip: float | None = 0.2  # clip V to this distance from the old V, take the larger loss
     max_grad_norm: float = 1.0  # scale the gradient down to this norm
 
@@ -103,7 +113,7 @@ class Agent(nn.Module):
         self.log_std = nn.Parameter(torch.full((len(bounds),), log_std))  # no state changes it
 
     def normalise(self, obs: Tensor) -> Tensor:
-        """obs [..., D] -> [..., D], as the script does; 0 for inputs that never varied.
+        """obs [..., D] -> [..., D], by the script's function; 0 for inputs that never varied.
 
         In EnvPool the contact forces, 84 of 376 inputs, are always 0; in Gymnasium they are not.
         Weights that no input has ever trained are noise, and there they would be played.
@@ -147,7 +157,8 @@ def make_batch(agent: Agent, rollout: dict, args: Args) -> dict:
     """What ADVANTAGES of ppo_continuous.py makes of a rollout, [B, ...] each. Renews statistics.
 
     Advantages are computed in units of rewards, bootstrap and all. Then values and returns are
-    normalised, with statistics that have seen these returns.
+    normalised, with statistics that have seen these returns. (The same weights then mean another V
+    than a moment ago. The difference is large in the first updates and fades as statistics settle.)
     last_mean, last_log_std: the policy at the last visit of each row. row: its number.
     """
     valid = rollout["valid"]
@@ -156,8 +167,8 @@ def make_batch(agent: Agent, rollout: dict, args: Args) -> dict:
     if not args.bootstrap_truncated:  # a time limit counts as an end
         terminated = terminated | truncated
     agent.obs_stats.update(rollout["obs"][:-1][valid])
-    mean, log_std, normalised = agent(rollout["obs"])
-    values = agent.restore_values(normalised)
+    mean, log_std, learned = agent(rollout["obs"])
+    values = agent.restore_values(learned)  # in units of rewards
     rewards = rollout["rewards"] * args.reward_scale
     advantages = ppo.gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
     returns = advantages + values[:-1]  # V_targ
@@ -168,7 +179,7 @@ def make_batch(agent: Agent, rollout: dict, args: Args) -> dict:
         "actions": rollout["actions"],
         "mean": mean[:-1],
         "log_std": log_std[:-1],
-        "last_mean": mean[:-1].clone(),
+        "last_mean": mean[:-1].clone(),  # copies: these change during the update
         "last_log_std": log_std[:-1].clone(),
         "log_prob": ppo.log_prob_of(mean[:-1], log_std[:-1], rollout["actions"]),
         "values": agent.normalise_values(values[:-1]),
@@ -180,10 +191,11 @@ def make_batch(agent: Agent, rollout: dict, args: Args) -> dict:
     return batch | {"row": torch.arange(len(batch["valid"]), device=valid.device)}
 
 
-def gradient(agent: Agent, minibatch: dict, objective: Objective, args: Args) -> tuple:
-    """The script's gradient() of a network with one trunk.
+def gradient_and_policy(agent: Agent, minibatch: dict, objective: Objective, args: Args) -> tuple:
+    """The script's gradient(), of a network with one trunk; and the policy that it went through.
 
-    Returns the gradient [P], the means of all terms, and mean and log_std of the policy [B, U].
+    The KL is that from the last visit. Returns the gradient [P], the means of all terms, and mean
+    and log_std of the policy [B, U].
     """
     if args.norm_adv == "minibatch":
         advantages = ppo.standardise(minibatch["advantages"])
@@ -196,7 +208,7 @@ def gradient(agent: Agent, minibatch: dict, objective: Objective, args: Args) ->
         values=values,
         batch=minibatch,
         objective=objective,
-        beta=0.0,
+        beta=0.0,  # the clipped objective has no KL penalty
         args=args,
     )
     means = {name: term.mean() for name, term in terms.items()}
@@ -209,7 +221,11 @@ def gradient(agent: Agent, minibatch: dict, objective: Objective, args: Args) ->
 
 
 def adapting(gradient_fn: Callable, optimizer: torch.optim.Adam, batch: dict) -> Callable:
-    """The gradient_fn for ppo.update(): before each step, the step size is set from the KL."""
+    """The gradient_fn for ppo.update(): before each step, the step size is set from the KL.
+
+    With --kl-since visit, that is how far the policy has moved in one epoch; in the first epoch,
+    since the rollout. Every minibatch leaves its policy in the rows of `batch` for the next epoch.
+    """
 
     def adapt_and_differentiate(agent, minibatch, objective, beta, args):
         grad, means, mean, log_std = gradient_fn(agent, minibatch, objective, args)
@@ -259,9 +275,11 @@ def train(args: Args) -> tuple[Agent, dict]:
     saved = None
     if args.resume is not None:
         own, saved = load_run(args.resume)
-        if args != Args(resume=args.resume):
-            own = replace(own, **{name: getattr(args, name) for name in ppo.RESUME_FLAGS})
-        args = own
+        if args == Args(resume=args.resume):
+            args = own
+        changes = {name: getattr(args, name) for name in ppo.RESUME_FLAGS}
+        if args != replace(own, **changes):
+            raise UserError("resume stands alone, since config.json has the other flags")
     args = check_args(args)
     objective = ppo.parse_objective(args.objective)
     actors = Actors(args, args.num_envs)
@@ -269,7 +287,7 @@ def train(args: Args) -> tuple[Agent, dict]:
     state, parts = begin(args, actors, saved)
     agent, optimizer = parts["agent"], parts["optimizer"]
     compiling = args.compile and ppo.has_compiler()
-    gradient_fn = ppo.compiled(gradient) if compiling else gradient
+    gradient_fn = ppo.compiled(gradient_and_policy) if compiling else gradient_and_policy
     ppo.space_checkpoints(args, actors.episode_limit)
     who = {"seed": args.seed, "objective": args.objective}
     run = Run(args, {"env_id": args.env_id}, who, saved)
@@ -417,7 +435,8 @@ def evaluate_run(args: Args) -> None:
     options = {name: getattr(args, name) for name in ppo.EVALUATION_FLAGS}
     path = Path(args.evaluate).expanduser().absolute()
     returns = ppo.evaluate(agent, check_args(replace(trained, **options)), path)
-    print(f"{args.evaluate}, seed {trained.seed}: {ppo.describe(returns)}")
+    actions = "sampled" if args.sample_actions else "greedy"
+    print(f"{args.evaluate}, seed {trained.seed}: {ppo.describe(returns)}, {actions} actions")
 
 
 def command(argv: list[str]) -> None:

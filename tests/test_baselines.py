@@ -364,6 +364,34 @@ def test_every_candidate_plays_one_episode_of_its_own(tmp_path):
     assert len(metrics) > 1 and ends[-1] >= 150 > ends[-12]
 
 
+@pytest.mark.parametrize("clip, low, high", [("", -130, -60), ("--no-clip-actions", -900, -300)])
+def test_clipped_the_first_generation_begins_where_the_papers_curve_does(clip, low, high, tmp_path):
+    """On Reacher, which charges the square of an action: -94 in the paper."""
+    flags = f"--env-id Reacher-v4 --total-timesteps 10000 --eval-episodes 1 {clip}"
+    run("cem", flags, tmp_path / "run")
+    returns = [float(row["return"]) for row in rows(tmp_path / "run/episodes.csv")]
+    assert len(returns) == 200 and low < np.mean(returns) < high
+
+
+def test_only_the_first_generation_changes_its_filter_while_it_plays(tmp_path, monkeypatch):
+    filters = []
+    whole = cem.batched_policy
+    spy = lambda layers, mean, std, clip: filters.append(mean[0]) or whole(layers, mean, std, clip)  # noqa: E731
+    args = baselines.check_args(cem.parse_args(f"{PENDULUM} --num-envs 10".split()))
+    actors = ppo.Actors(args, args.num_envs)
+    agent = cem.make_agent(args, actors)
+    weights = parameters_to_vector(agent.actor.parameters()).detach()
+    candidates = cem.Search(weights, 1.0).draw(20, 0.0, torch.Generator().manual_seed(3))
+    monkeypatch.setattr(cem, "batched_policy", spy)
+    for first in (True, False):
+        filters.clear()
+        actors.restart(0)
+        before = agent.obs_stats.mean[0].item()
+        cem.play_generation(agent, candidates, actors, first)
+        assert agent.obs_stats.mean[0].item() != before
+        assert (len(set(filters)) == len(filters) > 1) if first else set(filters) == {before}
+
+
 # -------------------------------------------------------------------------------------- TRAINING
 @pytest.mark.parametrize(
     "name, flags",
@@ -502,6 +530,7 @@ def write_results(folder: Path, cells: dict[tuple[str, str, int], float]) -> Non
         made = dict.fromkeys(figure3.LAYOUT.columns, "1") | who
         made |= {"last_100_return": x, "kl_median": 0.01, "kl_max": 0.02, "updates": 4 + seed}
         made |= {"total_timesteps": 1_000_000, "started": "2026-01-02T03:04:05"}
+        made["projected"] = 0.01 * seed if name == "a2c-tr" else ""
         made["command"] = figure3.call_of((task, name, seed), 1_000_000, "runs/figure3").command
         runs.append(made)
         for step in (1000, 1_000_000):
@@ -516,7 +545,8 @@ def write_ppo(folder: Path, returns: dict[tuple[str, int], float]) -> None:
     for (task, seed), x in returns.items():
         for objective, shift in (("none", 1e6), ("clip:0.2", 0)):
             who = {"env_id": task, "objective": objective, "seed": seed}
-            runs.append(who | {"last_100_return": x + shift})
+            ends = {"bootstrap_truncated": "False"}
+            runs.append(who | ends | {"last_100_return": x + shift})
             for step in (1000, 1_000_000):
                 points.append(who | {"global_step": step, "episodic_return": x + shift})
     sweep.write(folder / "runs.csv", pd.DataFrame(runs))
@@ -562,8 +592,18 @@ def test_report_by_hand(tmp_path):
     assert "| `vpg` | Hopper-v4 | 1,000 [1,000, 1,000] | 2,324 | -73% |" in text
     assert "| `cem` | Swimmer-v4 | 50.8 | 1.9 | +41% |" in text
     assert "| Hopper-v4 | 6 | 5 | 6 |" in text and "| Swimmer-v4 | 5 | 5 | 5 | 200,000 |" in text
+    assert "changes the gradient in 1.50% of all states, at most in 2.00% of those" in text
     flags = "--env-id TASK --env-backend envpool --std frozen --seed S --total-timesteps 1000000"
     assert text.count(f"    python benchmark/baselines/trpo.py {flags}\n") == 1
+
+
+def test_ppo_with_other_details_is_no_peer(tmp_path):
+    write_results(tmp_path / "t", {("Hopper-v4", "a2c", 1): 900.0})
+    write_ppo(tmp_path / "ppo", {("Hopper-v4", 1): 2000.0})
+    runs = pd.read_csv(tmp_path / "ppo/runs.csv").assign(bootstrap_truncated="True")
+    sweep.write(tmp_path / "ppo/runs.csv", runs)
+    with pytest.raises(UserError, match="go on at a time limit"):
+        figure3.main(["--report", "--results", str(tmp_path / "t"), "--ppo", str(tmp_path / "ppo")])
 
 
 def test_ranks_by_hand():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import rounding
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 
 import ppo_continuous as ppo
 from benchmark import UserError, humanoid, humanoid_ppo, read_csv, sweep
@@ -53,6 +54,63 @@ def small_rollout() -> dict:
 
 
 # --------------------------------------------------------------------------------- THE ALGORITHM
+def test_the_recipe_is_what_its_source_says():
+    """rl_games' humanoid_envpool.yaml, in our units: what a change elsewhere must not change."""
+    recipe = {
+        "total_timesteps": 10_000_000,
+        "num_envs": 64,
+        "num_steps": 128,
+        "objective": "clip:0.2",
+        "obs_clip": 5.0,
+        "clip_actions": True,
+        "scale_rewards": False,
+        "reward_scale": 0.1,
+        "log_std": -0.92,
+        "norm_values": True,
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
+        "bootstrap_truncated": True,
+        "norm_adv": "batch",
+        "update_epochs": 5,
+        "num_minibatches": 4,
+        "learning_rate": 3e-4,
+        "adapt_lr": True,
+        "desired_kl": 0.008,
+        "kl_since": "visit",
+        "anneal_lr": False,
+        "vf_coef": 2.0,  # 4, with 1/2
+        "ent_coef": 0.0,
+        "value_clip": 0.2,
+        "max_grad_norm": 1.0,
+    }
+    assert {name: getattr(Args(), name) for name in recipe} == recipe
+    own = {name: kind for name, kind in Args.__annotations__.items() if name != "env_id"}
+    assert own.keys() == recipe.keys()  # all of it stands in the file, and nothing else does
+    assert Args().target_kl is None
+
+
+def test_the_network_by_hand():
+    torch.manual_seed(0)
+    agent, obs = small_agent(), torch.randn(3, 5, dtype=torch.float64)
+    sizes = [tuple(x.shape) for name, x in agent.named_parameters() if "weight" in name]
+    assert sizes == [(512, 5), (256, 512), (128, 256), (2, 128), (1, 128)]
+    assert all((x == 0).all() for name, x in agent.named_parameters() if "bias" in name)
+    assert Agent(5, [0.4], 5.0, -0.92).actor.weight.norm().item() == pytest.approx(0.01, rel=1e-4)
+    x = agent.normalise(obs)
+    for layer in (agent.trunk[0], agent.trunk[2], agent.trunk[4]):
+        x = x @ layer.weight.T + layer.bias
+        x = torch.where(x > 0, x, x.exp() - 1)
+    mean, log_std, values = agent(obs)
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(mean, 0.4 * (x @ agent.actor.weight.T + agent.actor.bias), **near)
+    torch.testing.assert_close(
+        values, (x @ agent.critic.weight.T + agent.critic.bias)[:, 0], **near
+    )
+    assert log_std.shape == mean.shape and (log_std == -0.92).all()
+    values.sum().backward()
+    assert agent.trunk[0].weight.grad.abs().max() > 0  # the value function teaches the trunk too
+
+
 def test_the_step_size_in_three_branches_and_within_its_bounds():
     desired = 0.008
     assert humanoid_ppo.adapt_lr(3e-4, 0.0161, desired) == 3e-4 / 1.5
@@ -183,6 +241,32 @@ def test_an_input_that_never_varied_counts_for_nothing():
     assert torch.equal(normalised[0], normalised[1]) and (normalised[:, 1] == 0).all()
     assert torch.equal(normalised[:, ::2], ppo.Agent.normalise(agent, obs)[:, ::2])
 
+    small = Agent(obs_dim=1, bounds=[0.4], obs_clip=5.0, log_std=-0.92)
+    small.obs_stats.update(torch.tensor([[-1e-3], [1e-3]]))
+    assert small.normalise(torch.tensor([[1e-3]])).item() == pytest.approx(1, abs=0.01)
+
+
+def test_a_batch_is_the_rollout_under_the_new_statistics():
+    agent, rollout = small_agent(), small_rollout()
+    count, mean = agent.obs_stats.count.item(), agent.obs_stats.mean.clone()
+    batch = humanoid_ppo.make_batch(agent, rollout, Args())
+    valid = rollout["valid"]
+    seen = rollout["obs"][:-1][valid]  # 16 of 18: a step that only resets is no observation
+    assert agent.obs_stats.count == count + 16 == count + len(seen)
+    expected = (count * mean + seen.sum(0)) / (count + 16)
+    torch.testing.assert_close(agent.obs_stats.mean, expected)
+    with torch.no_grad():
+        policy = agent.policy(rollout["obs"][:-1].flatten(0, 1))
+    for name, x in zip(("mean", "log_std"), policy, strict=True):
+        torch.testing.assert_close(batch[name], x, rtol=1e-4, atol=1e-5)
+        assert torch.equal(batch[f"last_{name}"], batch[name])
+        batch[f"last_{name}"] += 1  # as an update does: the policy of the rollout stays
+        torch.testing.assert_close(batch[name], x, rtol=1e-4, atol=1e-5)
+    log_prob = ppo.log_prob_of(*policy, rollout["actions"].flatten(0, 1))
+    torch.testing.assert_close(batch["log_prob"], log_prob, rtol=1e-4, atol=1e-4)
+    assert torch.equal(batch["obs"], rollout["obs"][:-1].flatten(0, 1))
+    assert batch["row"].tolist() == list(range(18))
+
 
 @pytest.mark.parametrize("norm_adv", ["batch", "minibatch"])
 def test_the_gradient_is_the_scripts(norm_adv):
@@ -194,7 +278,7 @@ def test_the_gradient_is_the_scripts(norm_adv):
         agent.critic.bias += 0.5
     agent.value = lambda obs: agent(obs)[2]  # the loss compares what is normalised
     expected, means = ppo.gradient(agent, batch, CLIP, 0.0, args)
-    found, our_means, mean, log_std = humanoid_ppo.gradient(agent, batch, CLIP, args)
+    found, our_means, mean, log_std = humanoid_ppo.gradient_and_policy(agent, batch, CLIP, args)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert found.norm().item() == pytest.approx(0.3) and means["grad_norm"] > 0.3
     assert our_means.keys() == means.keys() and means["kl"] > 0
@@ -202,6 +286,25 @@ def test_the_gradient_is_the_scripts(norm_adv):
         assert torch.allclose(x, our_means[name], rtol=1e-4, atol=1e-6), name
     with torch.no_grad():
         assert torch.equal(torch.stack([mean, log_std]), torch.stack(agent.policy(batch["obs"])))
+
+    whole, *_ = humanoid_ppo.gradient_and_policy(
+        agent, batch, CLIP, replace(args, max_grad_norm=1e6)
+    )
+    assert whole.norm().item() == pytest.approx(means["grad_norm"].item(), rel=1e-4)  # not longer
+
+
+def test_the_kl_is_that_from_the_last_visit_to_now():
+    agent = small_agent()
+    batch = humanoid_ppo.make_batch(agent, small_rollout(), Args())
+    _, means, *_ = humanoid_ppo.gradient_and_policy(agent, batch, CLIP, Args())
+    assert abs(means["kl"].item()) < 1e-6
+    batch["last_mean"] += 0.3
+    batch["last_log_std"] -= 0.5
+    _, means, mean, log_std = humanoid_ppo.gradient_and_policy(agent, batch, CLIP, Args())
+    old = Normal(batch["last_mean"], batch["last_log_std"].exp())
+    expected = kl_divergence(old, Normal(mean, log_std.exp())).sum(-1).mean()
+    assert means["kl"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert abs(means["approx_kl"].item()) < 1e-6  # that one is since the rollout
 
 
 # ----------------------------------------------------------------------------------------- RUNS
@@ -288,6 +391,41 @@ def test_without_a_folder_one_is_made(tmp_path, monkeypatch):
     assert float(read_csv(path / "metrics.csv")[0]["charts/learning_rate"]) == 3e-4
 
 
+@pytest.mark.parametrize("anneal, second", [(False, 1e-4), (True, 5e-5)])
+def test_a_run_does_what_its_flags_say(anneal, second, tmp_path, monkeypatch):
+    rollouts, collect = [], ppo.collect
+
+    def spy(*given):
+        rollout, episodes = collect(*given)
+        rollouts.append(rollout)
+        return rollout, episodes
+
+    monkeypatch.setattr(ppo, "collect", spy)
+    flags = {"learning_rate": 1e-4, "adapt_lr": False, "anneal_lr": anneal, "num_steps": 64}
+    train(tmp_path, total_timesteps=512, log_std=0.0, obs_clip=3.0, **flags)
+    metrics = pd.read_csv(tmp_path / "metrics.csv")
+    assert metrics["charts/learning_rate"].tolist() == pytest.approx([1e-4, second])
+    assert metrics["charts/action_std"].tolist() == pytest.approx([1, 1], abs=0.01)
+    assert humanoid_ppo.load_agent(str(tmp_path))[0].obs_clip == 3
+    speeds, valid = [], 0
+    for rollout in rollouts:
+        mine = []
+        for t, i in rollout["valid"].nonzero().tolist():
+            mine.append(rollout["obs"][t + 1, i, 22].item())
+        speeds.append(np.mean(mine))
+        valid += len(mine)
+    assert metrics["charts/forward_speed"].tolist() == pytest.approx(speeds, rel=1e-4)
+    (summary,) = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["transitions"] == valid < 512  # some steps only reset
+
+
+def test_beside_resume_no_other_flag_may_change(tmp_path):
+    train(tmp_path, total_timesteps=64)
+    args, _ = humanoid_ppo.load_run(str(tmp_path))
+    with pytest.raises(ppo.UserError, match="resume stands alone"):
+        humanoid_ppo.train(replace(args, gamma=0.9))
+
+
 @pytest.mark.parametrize(
     "flags, complaint",
     [
@@ -358,6 +496,42 @@ def test_play_plays_one_episode_of_each_environment(simulator):
     assert played["length"][1] == len(rewards)
     assert played["return"][1] == pytest.approx(sum(rewards), rel=1e-3)
     assert played["speed"][1] == pytest.approx(np.mean(speeds), abs=1e-2)
+
+
+class TwoEnds:
+    """Two humanoids, of which one falls in its third step and one reaches a limit in its fifth.
+
+    The reward is the largest action, the speed 10 and 20 metres per second.
+    """
+
+    single_action_space = gym.spaces.Box(-0.4, 0.4, (17,))
+
+    def reset(self, seed):
+        self.count = 0
+        return np.zeros((2, 376)), {}
+
+    def step(self, actions):
+        self.count += 1
+        ends = np.array([self.count == 3, False]), np.array([False, self.count == 5])
+        speeds = {"x_velocity": np.array([10.0, 20.0])}
+        return np.zeros((2, 376)), np.abs(actions).max(1).astype(float), *ends, speeds
+
+
+def test_an_episode_is_played_to_a_fall_or_a_limit_within_the_bounds():
+    agent = Agent(obs_dim=376, bounds=[0.4] * 17, obs_clip=5.0, log_std=-0.92)
+    with torch.no_grad():
+        agent.actor.bias.fill_(9)
+    played = humanoid.play(agent, TwoEnds(), first_seed=0)
+    assert played["length"] == [3, 5] and played["speed"] == [10, 20]
+    assert played["return"] == pytest.approx([3 * 0.4, 5 * 0.4])
+
+
+def test_the_forward_speed_is_where_it_is_read():
+    env = gym.make(humanoid.ENV_ID)
+    env.reset(seed=1)
+    for _ in range(5):
+        obs, *_ = env.step(env.action_space.sample())
+    assert obs[humanoid_ppo.FORWARD] == env.unwrapped.data.qvel[0] != 0
 
 
 def test_contact_forces_are_what_only_one_simulator_has():
@@ -440,7 +614,7 @@ def write_tables(folder: Path, done: dict[tuple[str, int], float]) -> None:
     for (name, seed), episode_return in done.items():
         row = dict.fromkeys(humanoid.LAYOUT.columns, "1")
         row |= {"run": name, "seed": seed, "gymnasium_return": episode_return}
-        row |= {"total_timesteps": 10_000_000, "started": f"2026-01-0{seed}T03:04:05"}
+        row |= {"total_timesteps": 10_002_432 - seed, "started": f"2026-01-0{seed}T03:04:05"}
         row |= {"gymnasium_speed": 1.23456 * seed, "envpool_return": 7000, "command": f"c {seed}"}
         rows.append(row)
         for step in (1, 2):
@@ -504,6 +678,10 @@ def test_the_film_is_of_the_best_and_the_worst_seed(here, monkeypatch):
     ]
     text = (here / "results/summary.md").read_text()
     assert "[The best seed, 3, in an episode of return 3.0](best.mp4)" in text
+    write_tables(here / "results", returns | {("recipe", 3): 100})  # now seed 1 is the best
+    humanoid.main(["--report"])
+    text = (here / "results/summary.md").read_text()
+    assert "best.mp4" not in text and "worst.mp4" not in text
     for name in ("best", "worst"):
         assert (here / f"results/{name}.mp4").read_bytes() == (here / "film.mp4").read_bytes()
         assert (here / f"results/{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -518,7 +696,7 @@ def test_the_film_is_of_the_best_and_the_worst_seed(here, monkeypatch):
 
 def test_the_flags_of_all_runs_are_flags_of_their_trainers():
     planned = humanoid.calls(list(humanoid.SETTINGS), 1000)
-    assert len({call.path for call in planned}) == len(planned) == 8
+    assert len({call.path for call in planned}) == len(planned) == 9
     for call in planned:
         (args,) = call.crowd
         assert args.total_timesteps == 1000 and args.env_id == "Humanoid-v4"

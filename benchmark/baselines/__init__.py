@@ -2,12 +2,12 @@
 
 Each file of this folder is one algorithm, with its equations, its source, and which settings are
 known. Agent, distribution, gae(), rollouts, random streams and run folders are those of
-ppo_continuous.py; here is what lies between: flags that all of them take, networks of other sizes,
+ppo_continuous.py. This file adds what the algorithms share besides: flags, networks of other sizes,
 the loop of the three that learn from rollouts, and the run folder under the name of the algorithm.
 
-As in ppo_continuous.py with --preset paper, rewards are raw, actions are not clipped, observations
-are filtered and clipped to +-5, and a time limit counts as an end. A file and its flags train one
-agent; benchmark/figure3.py runs them all.
+As in ppo_continuous.py with --preset paper, rewards are raw, actions are not clipped (but CEM's),
+observations are filtered and clipped to +-5, and a time limit counts as an end. A file and its
+flags train one agent; benchmark/figure3.py runs them all.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ class RolloutArgs(Args):
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.97  # lambda of GAE; 1: n-step returns
     hidden: int = 64  # units of each of the two hidden layers
-    checkpoint_every: int = 0  # updates from one to the next; each restarts all episodes; 0: seldom
+    checkpoint_every: int = 0  # updates from one to the next, which restarts episodes; 0: seldom
 
     @property
     def batch_size(self) -> int:
@@ -159,7 +159,7 @@ def mlp(inputs: int, hidden: tuple[int, int], outputs: int, gain: float) -> nn.S
 
 
 def make_agent(args: RolloutArgs, actors: ppo.Actors) -> ppo.Agent:
-    """The script's agent; with 64 hidden units it starts with the weights of the script's seed."""
+    """The script's agent; with 64 hidden units, it has the script's first weights of this seed."""
     obs_dim = actors.envs.single_observation_space.shape[0]
     action_dim = len(actors.low)
     ppo.seed_globals(ppo.stream(args.seed, "weights"))
@@ -210,8 +210,8 @@ def fit_value(agent, optimizer, batch: Batch, epochs: int, size: int, rng) -> fl
 def make_batch(agent: ppo.Agent, rollout: Batch, args: RolloutArgs) -> Batch:
     """What the algorithms learn from: the B transitions of a rollout, without reset steps.
 
-    The statistics take them in first. So the old policy and the old V are the weights of the
-    rollout under the new statistics, as in ppo_continuous.py.
+    First the statistics are updated. Then the old policy and the old V are computed with the new
+    statistics, from the weights of the rollout, as in ppo_continuous.py.
     """
     valid = rollout["valid"]
     agent.obs_stats.update(rollout["obs"][:-1][valid])

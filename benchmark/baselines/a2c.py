@@ -1,7 +1,7 @@
 """Advantage actor-critic (A2C), alone and with the trust region of ACER.
 
-A2C is A3C (Mnih et al. 2016, https://arxiv.org/abs/1602.01783) with its actors in step. 16
-environments take 5 steps each; one step of RMSprop follows, along the gradient of
+A2C is A3C (Mnih et al. 2016, https://arxiv.org/abs/1602.01783) whose actors wait for each other.
+16 environments take 5 steps each; one step of RMSprop follows, along the gradient of
 
     mean of  log pi(a|s) A  +  c2 H[pi]  -  c1 (V - R)^2        R: the n-step return, A = R - V
 
@@ -15,13 +15,14 @@ same parameters, where the average policy has the Polyak average of the weights,
 
     z = g - max(0, (k.g - delta) / |k|^2) k
 
-the nearest z to g with k.z <= delta: where g leads away from the average policy, it may do so only
-as fast as delta says. The entropy is inside g.
+the nearest z to g with k.z <= delta: where g leads away from the average policy, it is shortened
+until k.z is delta. g includes the gradient of the entropy bonus.
 
-Known, from baselines' a2c and acer (August 2017 and later): all settings, for discrete actions. A
-reading: that the unpublished continuous code of Figure 3 had the same ones. RMSprop there is
+All settings are in baselines' a2c and acer (August 2017 and later), for discrete actions. It is a
+guess that the unpublished continuous code of Figure 3 had the same ones. RMSprop there is
 TensorFlow's: its average of squares starts at ONE, so the first steps are short, and eps stands
-under the root. PyTorch's starts at zero, which makes the first step ten times as long.
+under the root. PyTorch's starts at zero: its first step is ten step sizes long for every weight,
+however small the gradient.
 
     python benchmark/baselines/a2c.py --env-id Hopper-v4
     python benchmark/baselines/a2c.py --env-id Hopper-v4 --trust-region
@@ -61,7 +62,7 @@ class Args(baselines.RolloutArgs):
     max_grad_norm: float = 0.5
     trust_region: bool = False
     delta: float = 1.0  # of the trust region
-    average: float = 0.99  # of the Polyak average: what stays of it in each update
+    average: float = 0.99  # share of the old Polyak average that is kept in each update
 
     @property
     def name(self) -> str:
@@ -110,7 +111,7 @@ def within_trust_region(gain, mean, log_std, average_mean, average_log_std, delt
 def gradient(agent: Agent, average: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict]:
     """The gradient of minus the objective, one vector [P], scaled down; and metrics.
 
-    average: the agent with the Polyak average of the weights; its statistics do not count.
+    average: the agent with the Polyak average of the weights; its statistics are not used.
     """
     mean, log_std = agent.policy(batch["obs"])
     log_prob = ppo.log_prob_of(mean, log_std, batch["actions"])

@@ -1,25 +1,31 @@
 """The cross-entropy method (CEM): no gradient, only which candidates did best.
 
-Szita and Lorincz (2006), with the noise that shrinks of their Tetris player. In every generation
+Szita and Lorincz (2006), with the shrinking noise that they used for Tetris. In every generation
 
     candidates: 200 weight vectors from N(mean, variance + extra), every weight on its own
     returns:    one episode of each, with its deterministic policy
     mean, variance <- those of the best 20%
     extra  =  .01^2 max(0, 1 - generation / 150)
 
-Known, from Schulman's modular_rl: all numbers above, networks of 10 and 5 tanh units, a first
-variance of 1 around random initial weights, raw returns, an observation filter that all candidates
-share, clipped at +-5. A reading: that Figure 3 used them; the orthogonal initial weights; and the
-filter, which is renewed after each generation with all that its candidates saw, so that all of them
-play under the same one.
+These settings are in Schulman's modular_rl: all numbers above, networks of 10 and 5 tanh units, a
+first variance of 1 around random initial weights, raw returns, an observation filter that all
+candidates share, clipped at +-5. These are guesses: that Figure 3 used them; the orthogonal initial
+weights; and when the filter is renewed. In the first generation that is at every step, since
+nothing is known of the observations before. Later it is after each generation, so that all its
+candidates play under the same filter.
+
+Another guess is that actions are clipped to their bounds, which modular_rl does not do. The paper's
+curves begin at a return of -94 on Reacher and -592 on HalfCheetah. So does our first generation,
+nearly; without clipping (--no-clip-actions) it is more than five times as low. Both tasks charge
+the square of an action, and weights this random send large actions.
 
 A generation is 200 episodes. Where an episode has 1,000 steps that is 200,000 steps: a million
 steps are FIVE generations on HalfCheetah and Swimmer, a hundred on Reacher.
 
 Candidates play side by side: an environment whose episode has ended takes the next candidate. The
-run folder has them in their own order, one after another, as if there were one environment; or the
-last 100 episodes would be the longest ones. `update` in metrics.csv counts steps; there is a row
-per generation.
+run folder has them in their own order, one after another, as if there were one environment. (By
+the time of their ends, the last 100 episodes would be the longest ones.) metrics.csv has a row per
+generation, whose `update` is a number of steps.
 
     python benchmark/baselines/cem.py --env-id Hopper-v4
 """
@@ -55,6 +61,7 @@ class Args(baselines.Args):
     )
 
     num_envs: int = 50  # candidates that play side by side
+    clip_actions: bool = True  # clip what is sent to the bounds
     candidates: int = 200  # of a generation
     elite: float = 0.2  # the share of them that the next mean and variance are made of
     std: float = 1.0  # the first deviation of every weight
@@ -133,10 +140,13 @@ def check_policy(agent: Agent, candidates: Tensor) -> None:
         raise UserError("batched_policy() does not play Agent.policy; change both alike")
 
 
-def play_generation(agent: Agent, candidates: Tensor, actors: ppo.Actors) -> tuple:
+def play_generation(
+    agent: Agent, candidates: Tensor, actors: ppo.Actors, first: bool = False
+) -> tuple:
     """One episode of each of C candidates: returns [C] and lengths [C].
 
-    The agent's filter takes in what they see; all of them play under the filter as it was before.
+    The agent's filter takes in what they see. They play under the filter as it was before; in the
+    `first` generation, as it is.
     """
     count = len(candidates)
     layers = split_candidates(agent, candidates)
@@ -147,11 +157,13 @@ def play_generation(agent: Agent, candidates: Tensor, actors: ppo.Actors) -> tup
     playing = np.ones(actors.num_envs, bool)
     changed = True
     while playing.any():
-        if changed:
-            play = batched_policy([layer[mine] for layer in layers], mean, std, agent.obs_clip)
         valid = playing & ~actors.ended  # the step after an end only resets
         if valid.any():
             agent.obs_stats.update(torch.from_numpy(actors.obs[valid]))
+        if first:
+            mean, std = filter_of(agent)
+        if first or changed:
+            play = batched_policy([layer[mine] for layer in layers], mean, std, agent.obs_clip)
         *_, episodes = actors.step(play(actors.obs))
         for i, episode_return, length in episodes:
             if playing[i]:
@@ -198,7 +210,7 @@ def train(args: Args) -> tuple[Agent, dict]:
             with run.saving_work(state, parts):
                 candidates = search.draw(args.candidates, extra, rng)
                 actors.restart(ppo.stream(args.seed, "environments", generation))
-                returns, lengths = play_generation(agent, candidates, actors)
+                returns, lengths = play_generation(agent, candidates, actors, generation == 0)
                 ppo.check_finite({"returns": torch.from_numpy(returns)}, generation + 1)
             check_policy(agent, candidates)
 

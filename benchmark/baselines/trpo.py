@@ -12,14 +12,14 @@ KL, the Fisher information, both at the old weights, the solution is the step
     s = sqrt(2 delta / x'Fx) x      where  F x = g
 
 x is found by conjugate gradients, which need F only in products with vectors, and such a product is
-the gradient of a scalar: F v = grad of (grad KL . v). Neither expansion is exact, so the step is
-halved until the true KL and the true L agree: the line search.
+the gradient of a scalar: F v = grad of (grad KL . v). Neither expansion is exact. So the step is
+halved until the true KL is at most 1.5 delta and the true L is not lower: the line search.
 
-Known, from OpenAI's public code of the paper's time (baselines, trpo_mpi, July 2017): T, gamma,
-lambda, delta, ten iterations, the damping, Fisher products on every fifth row, the line search with
-its 1.5 delta, the fit of the value function. A reading: 64-64 networks, as PPO has in the paper
-(--hidden 32 is that code's size), the script's initial weights, and standardised advantages, which
-that code computes but uses only since a commit of the same month.
+These settings are in OpenAI's public code of the paper's time (baselines, trpo_mpi, July 2017): T,
+gamma, lambda, delta, ten iterations, the damping, Fisher products on every fifth row, the line
+search, the fit of the value function. These are guesses: 64-64 networks, as PPO has in the paper
+(--hidden 32 is that code's size), the script's initial weights, and standardised advantages. (That
+code computed them from the start, and began to use them later that month.)
 
 In that code log sigma was missing from the trained weights until January 2018: sigma stayed 1.
 --std frozen does the same.
@@ -103,7 +103,7 @@ def fisher_product(agent: Agent, batch: Batch, weights, damping: float) -> Calla
 
 
 def conjugate_gradient(product: Callable, b: Tensor, iterations: int) -> tuple[Tensor, float]:
-    """x with A x = b, where product(v) is A v; and what is left of it: |b - A x|^2.
+    """x with A x = b, where product(v) is A v; and the squared error that remains, |b - A x|^2.
 
     Hestenes and Stiefel (1952).
     """

@@ -11,11 +11,11 @@ and after it, by how far the policy has moved, another step size for the next ba
 
 The paper says that the step size followed the KL by a rule similar to that of its Section 4, and
 names a homework of Berkeley's course (cs294-112, hw4), which has this rule. The nearest public
-code of that time is baselines' acktr_cont (August 2017). Known from the two: the rule, d_targ
-.002, a first step size of 1e-3 (the homework), gamma, lambda, batches of 2,500 steps, standardised
-advantages (both), a step size kept within [1e-8, 1] (acktr_cont, later). A reading: Adam where
-acktr_cont has K-FAC, batches of 2,500 steps where it has whole episodes, and a value function
-fitted as TRPO's in that repository.
+code of that time is baselines' acktr_cont (August 2017). These settings are in the two: the
+rule, d_targ .002, a first step size of 1e-3 (the homework), gamma, lambda, batches of 2,500 steps,
+standardised advantages (both), a step size kept within [1e-8, 1] (acktr_cont, later). These are
+guesses: Adam where acktr_cont has K-FAC, batches of 2,500 steps where it has whole episodes, and a
+value function fitted as TRPO's in that repository.
 
     python benchmark/baselines/vpg.py --env-id Hopper-v4
 """
