@@ -5,9 +5,9 @@
     python benchmark/defaults.py --report      # the report alone, from the CSVs
 
 The search starts from a centre and changes one thing at a time, on four tasks and seeds 1 to 6. One
-change goes back to the defaults of before; one setting puts two changes together, those that gained
-on the most tasks. The winner is what `--preset modern` says today. The final runs show it on all
-seven tasks with seeds 101 to 110, which chose nothing.
+change goes back to the defaults of before; one setting puts two changes together. The centre is
+what `--preset modern` says today. The final runs show it on all seven tasks with seeds 101 to 110,
+which chose nothing.
 
 Every command names all that the search changes, so that it means the same whatever the defaults
 are. Where no flag does, a worker changes the text of the script, as benchmark/collapse.py does.

@@ -65,9 +65,9 @@ The difference of the weights is that of all agents together after an update, di
 distance that they went in it; of a loss it is divided by its largest size. Of all updates the
 largest counts. The first rollout is also played anew on the device: the same frames and actions,
 log-probabilities and values within the bound. float32 rounds to 6e-8, and sums of thousands of
-products to about 1e-6; the gradient steps of an update pass that on. The losses stay near it, and
-the bound of {BOUND:g} leaves room for a few actions that cross the edge of the clip range. Weights
-are further off, because Adam enlarges rounding where a gradient is nothing else; hence
+products to about 1e-6; the gradient steps of an update pass that on. The losses stay below 1e-4,
+and the bound of {BOUND:g} leaves room for a few actions that cross the edge of the clip range.
+Weights are further off, because Adam enlarges rounding where a gradient is nothing else; hence
 {BOUND_OF_WEIGHTS:g}. (From one update to the next, differences grow without a bound: to add up the
 rows of a minibatch in another order is enough.) Steps/s: after the first update, which contains
 compilation, from an empty cache; one measurement each; memory is the peak. Where ppo_atari.py

@@ -347,14 +347,14 @@ def report() -> None:
     elsewhere = pd.DataFrame(ELSEWHERE, columns=["elsewhere", "steps", "return", "how"])
     text = f"# {ENV_ID}\n\n{markdown(table)}{NOTE}\n"
     text += "![Return, episode length and speed over steps](curves.png)\n\n"
-    text += f"{markdown(elsewhere)}\n{missing_runs(runs)}"
-    text += f"## Every seed\n\n{markdown([summarise_seed(row) for _, row in runs.iterrows()])}\n"
     if (RESULTS / "films.csv").exists():
         for film_of, row in sweep.read(RESULTS / "films.csv").set_index("film").iterrows():
             if int(row["seed"]) == best_and_worst(runs)[film_of]:  # another run may have come since
                 how = f"an episode of return {number(float(row['return']))}"
                 text += f"[The {film_of} seed, {row['seed']}, in {how}]({film_of}.mp4):\n\n"
                 text += f"![Eight moments of it]({film_of}.png)\n\n"
+    text += f"{markdown(elsewhere)}\n{missing_runs(runs)}"
+    text += f"## Every seed\n\n{markdown([summarise_seed(row) for _, row in runs.iterrows()])}\n"
     text += f"{sweep.origin(runs)}\nGymnasium plays with {sweep.listed(runs, ['mujoco'])}.\n"
     (RESULTS / "summary.md").write_text(text)
 

@@ -1,6 +1,6 @@
 """The paper's Table 1 with ten seeds: 7 MuJoCo tasks x 11 objectives x 10 seeds, 1M steps each.
 
-    python benchmark/table1.py                    # what is missing: ten hours or so on two cores
+    python benchmark/table1.py                    # what is missing: most of a day on two cores
     python benchmark/table1.py --report           # the report alone, from the CSVs
     python benchmark/table1.py --preset modern    # four objectives, with today's usual details
     python benchmark/table1.py --tasks Hopper Swimmer --objectives none clip:0.2 --seeds 1 2

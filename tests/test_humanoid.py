@@ -526,6 +526,17 @@ def test_an_episode_is_played_to_a_fall_or_a_limit_within_the_bounds():
     assert played["return"] == pytest.approx([3 * 0.4, 5 * 0.4])
 
 
+def test_the_speed_is_that_of_all_steps_played(monkeypatch):
+    episodes = {"return": [1.0, 3.0], "length": [10.0, 30.0], "speed": [2.0, 1.0]}
+    played = {"mujoco": "3", "gymnasium": episodes, "envpool": episodes}
+    monkeypatch.setattr(humanoid, "play_both", lambda *where: played)
+    facts = {"trainer": humanoid.AGENT, "seed": 1}
+    measured = humanoid.measure(facts, pd.DataFrame({humanoid.LENGTH: [5.0, 6.0]}), Path())
+    assert measured["gymnasium_speed"] == measured["envpool_speed"] == 50 / 40
+    assert (measured["gymnasium_return"], measured["gymnasium_return_std"]) == (2, 1)
+    assert (measured["envpool_length"], measured["last_100_length"]) == (20, 6)
+
+
 def test_the_forward_speed_is_where_it_is_read():
     env = gym.make(humanoid.ENV_ID)
     env.reset(seed=1)
