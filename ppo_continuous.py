@@ -1006,7 +1006,7 @@ def check_rendering(args: Args) -> None:
 
 
 def in_numpy(agent: Agent) -> Callable:
-    """act(agent, obs, noise) in NumPy: with networks this small, several times as fast as Torch.
+    """act(agent, obs, noise) in NumPy: with networks this small, faster than Torch.
 
     It is made from the agent's own weights and compared with act() on random observations, some of
     them far enough out to be clipped. Where the two differ, as they do after a change of

@@ -60,7 +60,7 @@ SETTINGS = {
     "recipe": Setting("all of the recipe", AGENT, "", range(1, 4)),
     "defaults": Setting("ppo_continuous.py as it is", "ppo_continuous", "", ONE),
     "fixed-lr": Setting("a step size of 3e-4 that stays", AGENT, "--no-adapt-lr", ONE),
-    "raw-values": Setting(  # a return is some 50 here: a clip of 0.2 would hold V back
+    "raw-values": Setting(  # returns are far above 1: a clip of 0.2 would hold V back
         "values neither normalised nor clipped",
         AGENT,
         "--no-norm-values --value-clip None",

@@ -277,7 +277,7 @@ def zero_sums(agent: Agent, batch: Batch, args: Args, agents: int) -> Batch:
 def shuffle(batch: Batch, order: Tensor) -> Batch:
     """The rows of every agent, x [A, B, ...], in its own order [A, B]."""
     first = torch.arange(len(order), device=order.device).unsqueeze(1) * order.shape[1]
-    rows = (first + order).flatten()  # one index_select() is several times as fast as x[i, order]
+    rows = (first + order).flatten()  # one index_select() is faster than x[i, order]
     shuffled = {name: x.flatten(0, 1).index_select(0, rows) for name, x in batch.items()}
     return {name: x.unflatten(0, order.shape) for name, x in shuffled.items()}
 

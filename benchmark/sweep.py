@@ -302,8 +302,8 @@ def local(
 ) -> Iterator[tuple[Call, Answer]]:
     """Engine: `jobs` calls side by side, each a new process with an equal share of the cores.
 
-    The next one starts when one is done. Two processes with a core each get 1.4 times as much done
-    as one process with two.
+    The next one starts when one is done. Two processes with a core each get more done than one
+    process with two.
     """
     waiting, running, share = list(calls), {}, max(1, len(CORES) // jobs)
     free = [(CORES * jobs)[i * share : (i + 1) * share] for i in range(jobs)]
