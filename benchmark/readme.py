@@ -132,6 +132,7 @@ def in_short() -> str:
         finals.append(f"{row['task'].removesuffix('-v4')} {row['greedy: mean [95%]'].split()[0]}")
     against = re.search(r"our mean is (.*)\.$", result("defaults/summary.md"), re.M)[1]
     classic = {row["task"]: row for row in table("classic/summary.md")}
+    humanoid = table("humanoid/summary.md")[0]
     pong = table("atari/summary.md")[0]
     grpo = {row[""]: row for row in table("grpo/summary.md")}
     reached = "seeds that reach it"
@@ -149,6 +150,10 @@ def in_short() -> str:
         ),
         "[LunarLander](benchmark/README.md#cartpole-acrobot-lunarlander-ppo_cartpolepy)": (
             f"{classic['lunarlander'][reached]} seeds solve it"
+        ),
+        "[Humanoid](benchmark/README.md#humanoid), 10M steps": (
+            f"return {humanoid['Gymnasium: return']} at {humanoid['Gymnasium: m/s']} metres per "
+            f"second, {humanoid['seeds']} seeds"
         ),
         "[Pong](benchmark/README.md#atari-ppo_ataripy), one seed": (
             f"{pong['last 100 games, mean']} after {pong['steps']} steps"
