@@ -164,6 +164,8 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
         else:
             options |= {"vectorization_mode": "sync", "wrappers": [Checked]}
             options["disable_env_checker"] = True  # Checked does that
+            if render and "gymnasium.envs.mujoco" in str(gym.spec(args.env_id).entry_point):
+                options["camera_name"] = "track"  # Gymnasium's own choice lets the body run away
             # of MuJoCo's -v4 Gymnasium says that there is -v5; EnvPool has no other
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 envs = gym.make_vec(args.env_id, num_envs, **options)

@@ -152,8 +152,8 @@ def in_short() -> str:
             f"{classic['lunarlander'][reached]} seeds solve it"
         ),
         "[Humanoid](benchmark/README.md#humanoid), 10M steps": (
-            f"return {humanoid['Gymnasium: return']} at {humanoid['Gymnasium: m/s']} metres per "
-            f"second, {humanoid['seeds']} seeds"
+            f"it runs: {humanoid['Gymnasium: return']} at {humanoid['Gymnasium: m/s']} m/s, "
+            f"{humanoid['seeds']} seeds"
         ),
         "[Pong](benchmark/README.md#atari-ppo_ataripy), one seed": (
             f"{pong['last 100 games, mean']} after {pong['steps']} steps"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -410,6 +411,23 @@ def test_videos_show_every_episode_that_is_counted(tmp_path):
     videos = sorted((tmp_path / "film" / "videos").iterdir())
     assert [video.suffix for video in videos] == [".mp4", ".mp4"]
     assert all(video.stat().st_size > 1000 for video in videos)
+
+
+def test_the_camera_of_a_film_follows_the_body():
+    for env_id, follows in (
+        ("HalfCheetah-v4", True),
+        ("Humanoid-v5", True),
+        ("Pendulum-v1", False),
+    ):
+        envs = ppo.make_envs(small(env_id=env_id), 1, render=True)
+        renderer = getattr(envs.envs[0].unwrapped, "mujoco_renderer", None)
+        envs.close()
+        assert (renderer is not None) == follows
+        if follows:
+            camera = renderer.model.camera(renderer.camera_id)
+            assert (
+                camera.name == "track" and camera.mode[0] == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM
+            )
 
 
 @pytest.mark.parametrize("source", ["rewards", "obs"])
