@@ -156,7 +156,7 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
 
     Raises UserError where they cannot be made, or do not suit this script.
     """
-    options = {"render_mode": "rgb_array"} if render else {}
+    options = film_options(args.env_id) if render else {}
     options["vector_kwargs"] = {"copy": False}  # Actors copies
     try:
         if args.env_backend == "envpool" and not render:
@@ -164,8 +164,6 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
         else:
             options |= {"vectorization_mode": "sync", "wrappers": [Checked]}
             options["disable_env_checker"] = True  # Checked does that
-            if render and "gymnasium.envs.mujoco" in str(gym.spec(args.env_id).entry_point):
-                options["camera_name"] = "track"  # Gymnasium's own choice lets the body run away
             # of MuJoCo's -v4 Gymnasium says that there is -v5; EnvPool has no other
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 envs = gym.make_vec(args.env_id, num_envs, **options)
@@ -991,6 +989,17 @@ class Checked(gym.Wrapper):
             raise ValueError(f"render() gives {what}, which is no uint8 [H, W, 3]")
         height, width, _ = picture.shape
         return picture[: height - height % 2, : width - width % 2]
+
+
+def film_options(env_id: str) -> dict[str, str]:
+    """What gym.make_vec() takes for a film. Of MuJoCo's tasks, the camera that follows the body.
+
+    Gymnasium 1.4.0 leaves another where it was, and the body soon runs out of the picture.
+    """
+    options = {"render_mode": "rgb_array"}
+    if "gymnasium.envs.mujoco" in str(gym.registry.get(env_id)):
+        options["camera_name"] = "track"
+    return options
 
 
 def check_rendering(args: Args) -> None:
