@@ -137,11 +137,12 @@ def read_ppo(folder: Path) -> sweep.Rows:
         if (folder / name).exists():
             rows = sweep.read(folder / name)
         rows = rows[rows["objective"] == "clip:0.2"]
-        if name == "runs.csv" and not rows["bootstrap_truncated"].eq("False").all():
-            what = f"the runs of {folder} go on at a time limit, those of the others end there"
-            raise UserError(f"{what}; give another --ppo")
         found.append(rows.assign(algorithm="ppo"))
-    return sweep.Rows(*found)
+    ppo = sweep.Rows(*found)
+    if not ppo.runs["bootstrap_truncated"].eq("False").all():
+        what = f"the runs of {folder} go on at a time limit, those of the others end there"
+        raise UserError(f"{what}; give another --ppo")
+    return ppo
 
 
 def returns_of(runs: pd.DataFrame) -> dict[tuple[str, str], np.ndarray]:

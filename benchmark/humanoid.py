@@ -192,8 +192,10 @@ def calls(names: list[str], steps: int) -> list[sweep.Call]:
 
 # ------------------------------------------------------------------------------------------ FILM
 def best_and_worst(runs: pd.DataFrame) -> dict[str, int]:
-    """The seeds of the recipe with the highest and the lowest mean return in Gymnasium."""
+    """The seeds of the recipe with the highest and the lowest mean return in Gymnasium, if any."""
     mine = runs[runs["run"] == "recipe"].set_index("seed")
+    if mine.empty:
+        return {}
     returns = numbers(mine["gymnasium_return"])
     return {"best": int(returns.idxmax()), "worst": int(returns.idxmin())}
 
@@ -203,10 +205,11 @@ def film(runs: pd.DataFrame) -> None:
 
     Raises UserError where nothing can be drawn, or no run of the recipe is there.
     """
-    if runs[runs["run"] == "recipe"].empty:
+    seeds = best_and_worst(runs)
+    if not seeds:
         raise UserError("no run of the recipe is finished: there is nothing to film")
     rows = []
-    for name, seed in best_and_worst(runs).items():
+    for name, seed in seeds.items():
         folder = ROOT / RUNS / "recipe" / str(seed)
         try:
             agent, args = import_module(SETTINGS["recipe"].trainer).load_agent(str(folder))
@@ -351,8 +354,9 @@ def report() -> None:
     text = f"# {ENV_ID}\n\n{markdown(table)}{NOTE}\n"
     text += "![Return, episode length and speed over steps](curves.png)\n\n"
     if (RESULTS / "films.csv").exists():
+        seeds = best_and_worst(runs)
         for film_of, row in sweep.read(RESULTS / "films.csv").set_index("film").iterrows():
-            if int(row["seed"]) == best_and_worst(runs)[film_of]:  # another run may have come since
+            if int(row["seed"]) == seeds.get(film_of):  # another run may have come since
                 how = f"an episode of return {number(float(row['return']))}"
                 text += f"[The {film_of} seed, {row['seed']}, in {how}]({film_of}.mp4):\n\n"
                 text += f"![Eight moments of its first three seconds]({film_of}.png)\n\n"

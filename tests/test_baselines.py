@@ -335,14 +335,20 @@ class Payer(gym.Env):
 gym.register("Payer-v0", Payer, max_episode_steps=1000)
 
 
-def test_every_candidate_plays_one_episode_of_its_own(tmp_path):
-    """11 candidates in 3 environments, in which their episodes end at different times."""
-    flags = "--env-id Payer-v0 --num-envs 3 --candidates 11 --env-backend gymnasium"
+def generation(flags: str, count: int) -> tuple:
+    """An agent, so many candidates around its weights, and the environments of these flags."""
     args = baselines.check_args(cem.parse_args(flags.split()))
     actors = ppo.Actors(args, args.num_envs)
     agent = cem.make_agent(args, actors)
     weights = parameters_to_vector(agent.actor.parameters()).detach()
-    candidates = cem.Search(weights, 1.0).draw(11, 0.0, torch.Generator().manual_seed(3))
+    candidates = cem.Search(weights, 1.0).draw(count, 0.0, torch.Generator().manual_seed(3))
+    return agent, candidates, actors
+
+
+def test_every_candidate_plays_one_episode_of_its_own(tmp_path):
+    """11 candidates in 3 environments, in which their episodes end at different times."""
+    flags = "--env-id Payer-v0 --num-envs 3 --candidates 11 --env-backend gymnasium"
+    agent, candidates, actors = generation(flags, 11)
     actors.restart(0)
     cem.check_policy(agent, candidates)
     expected = []
@@ -373,16 +379,15 @@ def test_clipped_the_first_generation_begins_where_the_papers_curve_does(clip, l
     assert len(returns) == 200 and low < np.mean(returns) < high
 
 
-def test_only_the_first_generation_changes_its_filter_while_it_plays(tmp_path, monkeypatch):
-    filters = []
-    whole = cem.batched_policy
-    spy = lambda layers, mean, std, clip: filters.append(mean[0]) or whole(layers, mean, std, clip)  # noqa: E731
-    args = baselines.check_args(cem.parse_args(f"{PENDULUM} --num-envs 10".split()))
-    actors = ppo.Actors(args, args.num_envs)
-    agent = cem.make_agent(args, actors)
-    weights = parameters_to_vector(agent.actor.parameters()).detach()
-    candidates = cem.Search(weights, 1.0).draw(20, 0.0, torch.Generator().manual_seed(3))
+def test_only_the_first_generation_changes_its_filter_while_it_plays(monkeypatch):
+    filters, batched_policy = [], cem.batched_policy
+
+    def spy(layers, mean, std, obs_clip):
+        filters.append(mean[0])
+        return batched_policy(layers, mean, std, obs_clip)
+
     monkeypatch.setattr(cem, "batched_policy", spy)
+    agent, candidates, actors = generation(f"{PENDULUM} --num-envs 10", 20)
     for first in (True, False):
         filters.clear()
         actors.restart(0)
