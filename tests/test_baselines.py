@@ -379,7 +379,7 @@ def test_clipped_the_first_generation_begins_where_the_papers_curve_does(clip, l
     assert len(returns) == 200 and low < np.mean(returns) < high
 
 
-def test_only_the_first_generation_changes_its_filter_while_it_plays(monkeypatch):
+def test_only_the_first_generation_changes_its_filter_while_it_plays(tmp_path, monkeypatch):
     filters, batched_policy = [], cem.batched_policy
 
     def spy(layers, mean, std, obs_clip):
@@ -395,6 +395,14 @@ def test_only_the_first_generation_changes_its_filter_while_it_plays(monkeypatch
         cem.play_generation(agent, candidates, actors, first)
         assert agent.obs_stats.mean[0].item() != before
         assert (len(set(filters)) == len(filters) > 1) if first else set(filters) == {before}
+
+    firsts, play_generation = [], cem.play_generation
+    monkeypatch.setattr(
+        cem, "play_generation", lambda *given: firsts.append(given[-1]) or play_generation(*given)
+    )
+    flags = f"{PENDULUM} --num-envs 10 --candidates 20 --total-timesteps 500"
+    run("cem", flags, tmp_path / "run")
+    assert len(firsts) > 1 and firsts[0] and not any(firsts[1:])
 
 
 # -------------------------------------------------------------------------------------- TRAINING
