@@ -1,15 +1,16 @@
-"""ppo_atari.py and benchmark/lockstep.py on a GPU: the same numbers as on the CPU, then speed.
+"""The PPO scripts and benchmark/lockstep.py on a GPU: the same numbers as on the CPU, then speed.
 
     python benchmark/gpu.py                             # all parts, in at most 8 minutes
     python benchmark/gpu.py check atari --minutes 4     # some of them
     python benchmark/gpu.py --device cpu --toy          # a rehearsal where there is no GPU
 
 check: float32 on the CPU and on the GPU, from the same weights and the same rollouts; losses and
-weights must agree. atari, lockstep: steps per second, each measured once, in a process of its own.
-breakout: a game learned in the time that is left. Every measurement has a time limit, and results
-are written after each: one that fails or takes too long is a row that says so. A later call adds
-its rows to those that are there. Writes benchmark/results/speed/: gpu.csv, gpu-checks.csv and the
-report gpu.md. CUDA graphs are Inductor's: TORCHINDUCTOR_CUDAGRAPHS=1 switches them on for a script.
+weights must agree. atari, lockstep, small: steps per second, each measured once, in a process of
+its own; small is ppo_cartpole.py and ppo_continuous.py. breakout: a game learned in the time that
+is left. Every measurement has a time limit, and results are written after each: one that fails or
+takes too long is a row that says so. A later call adds its rows to those that are there. Writes
+benchmark/results/speed/: gpu.csv, gpu-checks.csv and the report gpu.md. CUDA graphs are Inductor's:
+TORCHINDUCTOR_CUDAGRAPHS=1 switches them on.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -39,6 +41,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo_atari
+import ppo_cartpole
 import ppo_continuous
 from benchmark import (
     Parser,
@@ -54,7 +57,8 @@ from benchmark import (
 )
 
 RESULTS = speed.RESULTS
-LIMITS = {"check": 120, "atari": 75, "lockstep": 120, "breakout": 3600}  # seconds of one process
+# seconds of one process
+LIMITS = {"check": 120, "atari": 75, "lockstep": 120, "small": 60, "breakout": 3600}
 SHARE_OF_BREAKOUT = 0.3  # of the time; the other parts leave that much
 BOUND = 1e-2  # of a difference, relative: any but that of the weights
 BOUND_OF_WEIGHTS = 3e-2
@@ -72,7 +76,7 @@ Weights are further off, because Adam enlarges rounding where a gradient is noth
 rows of a minibatch in another order is enough.) Steps/s: after the first update, which contains
 compilation, from an empty cache; one measurement each; memory is the peak. Where ppo_atari.py
 computes in bfloat16 by default, it does here. lockstep: HalfCheetah-v4 in the paper's settings, the
-steps of all agents together."""
+steps of all agents together. small: at the scripts' defaults."""
 
 
 # ----------------------------------------------------------------------------------------- CHECK
@@ -231,6 +235,23 @@ def check_atari(device: str, toy: bool) -> list[dict]:
     return compared(ppo_atari, train, device, variants)
 
 
+def check_small(script, device: str, toy: bool) -> list[dict]:
+    """Ten updates of ppo_cartpole.py or ppo_continuous.py, at the defaults."""
+
+    def train(**flags) -> None:
+        args = script.Args(eval_episodes=1, **flags)
+        if toy:
+            args.num_steps, args.num_minibatches = 32, 2
+        args.total_timesteps = (3 if toy else 10) * args.batch_size
+        script.train(args)
+
+    name = Path(script.__file__).name
+    variants = {f"{name}, eager": {"compile": False}}
+    if not toy:
+        variants[f"{name}, compiled"] = {"compile": True}
+    return compared(script, train, device, variants)
+
+
 def check_lockstep(device: str, toy: bool) -> list[dict]:
     """Three updates of six agents of HalfCheetah, of every kind of objective."""
 
@@ -271,6 +292,15 @@ def crowd(agents: int, device: str, toy: bool) -> dict:
     return result | {"total_timesteps": steps * agents}
 
 
+def small(script, device: str, toy: bool) -> dict:
+    """speed.ours() for ppo_cartpole.py or ppo_continuous.py, at the defaults."""
+    flags = {"device": device}
+    if toy:
+        flags |= {"num_steps": 32, "num_minibatches": 2, "compile": False}
+    steps = (2 if toy else 30) * script.Args(**flags).batch_size
+    return speed.ours(script, steps, 1, **flags) | {"total_timesteps": steps}
+
+
 def consoles(num_envs: int, device: str, toy: bool) -> dict:
     """The environments of ppo_atari.py alone."""
     steps = num_envs * (10 if toy else 500)
@@ -291,7 +321,12 @@ class Contestant(NamedTuple):
 
 
 GRAPHS = {"compile": True, "graphs": True}
-CHECKS = {"check-atari": check_atari, "check-lockstep": check_lockstep}
+CHECKS = {
+    "check-atari": check_atari,
+    "check-cartpole": partial(check_small, ppo_cartpole),
+    "check-continuous": partial(check_small, ppo_continuous),
+    "check-lockstep": check_lockstep,
+}
 CONTESTANTS = {
     "8-eager": Contestant("atari", "8 environments, eager", partial(atari, 8)),
     "8-compiled": Contestant("atari", "8 environments, compiled", partial(atari, 8, compile=True)),
@@ -314,11 +349,17 @@ CONTESTANTS = {
     "330-cpu": Contestant("lockstep", "330 agents", partial(crowd, 330), True),
     "33-alone": Contestant("lockstep", "33 environments alone", partial(simulators, 33), True),
     "330-alone": Contestant("lockstep", "330 environments alone", partial(simulators, 330), True),
+    "cartpole": Contestant("small", "ppo_cartpole.py", partial(small, ppo_cartpole)),
+    "cartpole-cpu": Contestant("small", "ppo_cartpole.py", partial(small, ppo_cartpole), True),
+    "continuous": Contestant("small", "ppo_continuous.py", partial(small, ppo_continuous)),
+    "continuous-cpu": Contestant(
+        "small", "ppo_continuous.py", partial(small, ppo_continuous), True
+    ),
 }
 BREAKOUT = {"env_id": "Breakout-v5", "num_envs": 128, "num_minibatches": 32}  # of 512 steps each
 MODES = {"128-eager": "eager", "128-compiled": "compiled"}
 MODES["128-graphs"] = "compiled, CUDA graphs"
-PARTS = ("check", "atari", "lockstep", "breakout")
+PARTS = ("check", "atari", "lockstep", "small", "breakout")
 
 
 # -------------------------------------------------------------------------------------- PROCESSES
@@ -456,9 +497,11 @@ def shown_difference(row: dict) -> str:
 def report(rows: list[dict], checks: list[dict]) -> str:
     """gpu.md from the rows of gpu.csv and gpu-checks.csv, cells as text."""
     sections = ["# Speed: gpu", textwrap.fill(NOTE, 120)]
-    any_row = (rows or checks)[0]
-    names = list(any_row)[list(any_row).index("started") :]
-    sections.append("; ".join(f"{name.replace('_', ' ')} {any_row[name]}" for name in names))
+    names = list((rows or checks)[0])
+    names = names[names.index("started") :]
+    sittings = {row["started"]: row for row in sorted(checks + rows, key=itemgetter("started"))}
+    for row in sittings.values():
+        sections.append("; ".join(f"{name.replace('_', ' ')} {row[name]}" for name in names))
     if checks:
         lines = {}
         for row in checks:
