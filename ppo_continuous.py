@@ -1026,7 +1026,7 @@ def in_numpy(agent: Agent) -> Callable:
     exact = partial(act, agent)
     weights = [weight.detach().cpu().numpy() for weight in agent.actor.parameters()]
     mean, std = agent.obs_stats.mean.cpu().numpy(), agent.obs_stats.std.cpu().numpy()
-    spread = agent.log_std.detach().exp().cpu().numpy()
+    spread = agent.log_std.detach().cpu().exp().numpy()
     obs = mean + trial_obs(len(mean), agent.obs_clip) * std
     try:
         fast = numpy_policy(weights, mean, std, agent.obs_clip, spread)

@@ -314,7 +314,7 @@ def crowd_policy(agents: list[Agent], check: bool = False) -> Callable:
     weights = [x if x.ndim == 3 else x[:, np.newaxis] for x in weights]
     mean = torch.stack([agent.obs_stats.mean for agent in agents]).cpu().numpy()[:, np.newaxis]
     std = torch.stack([agent.obs_stats.std for agent in agents]).cpu().numpy()[:, np.newaxis]
-    spread = torch.stack([agent.log_std.detach().exp() for agent in agents]).cpu().numpy()
+    spread = torch.stack([agent.log_std.detach() for agent in agents]).cpu().exp().numpy()
     fast = ppo.numpy_policy(weights, mean, std, agents[0].obs_clip, spread[:, np.newaxis])
     if check:
         trial = ppo.trial_obs(mean.shape[-1], agents[0].obs_clip)
