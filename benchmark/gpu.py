@@ -498,10 +498,14 @@ def report(rows: list[dict], checks: list[dict]) -> str:
     """gpu.md from the rows of gpu.csv and gpu-checks.csv, cells as text."""
     sections = ["# Speed: gpu", textwrap.fill(NOTE, 120)]
     names = list((rows or checks)[0])
-    names = names[names.index("started") :]
-    sittings = {row["started"]: row for row in sorted(checks + rows, key=itemgetter("started"))}
-    for row in sittings.values():
-        sections.append("; ".join(f"{name.replace('_', ' ')} {row[name]}" for name in names))
+    names = names[names.index("card") :]
+    machines = {}  # with when each sitting on it began, and its commit
+    for row in sorted(checks + rows, key=itemgetter("started")):
+        known = "; ".join(f"{name.replace('_', ' ')} {row[name]}" for name in names)
+        sitting = f"{row['started']} (git commit {row['git_commit'][:7]})"
+        machines.setdefault(known, {})[sitting] = True
+    for known, sittings in machines.items():
+        sections.append(f"started {', '.join(sittings)}; {known}")
     if checks:
         lines = {}
         for row in checks:
