@@ -1,7 +1,7 @@
 """A humanoid that learns to run: section 6.3 of the paper, in MuJoCo's Humanoid-v4.
 
     python benchmark/humanoid.py                                  # three seeds, then the report
-    python benchmark/humanoid.py --ablation defaults fixed-lr     # and these beside it, a seed each
+    python benchmark/humanoid.py --ablation defaults fixed-lr     # these instead, on a seed each
     python benchmark/humanoid.py --report                         # the report alone, from the CSVs
     python benchmark/humanoid.py --film                           # best and worst seed, as mp4
 
@@ -369,7 +369,7 @@ def report() -> None:
 def main(argv: list[str]) -> None:
     parser = Parser("Train a humanoid to run, on three seeds, and report it.")
     add = parser.add_argument
-    what = "run these too, on a seed each"
+    what = "run these, on a seed each, instead of the recipe"
     add("--ablation", nargs="+", choices=ABLATIONS, default=[], help=what)
     add("--total-timesteps", type=positive, default=STEPS, help="of each run")
     what = "run nothing, film the best and the worst seed, and write the report"
@@ -379,7 +379,7 @@ def main(argv: list[str]) -> None:
     if args.film:
         film(sweep.read(RESULTS / "runs.csv"))
     elif not args.report:
-        planned = calls(["recipe", *args.ablation], args.total_timesteps)
+        planned = calls(args.ablation or ["recipe"], args.total_timesteps)
         sweep.complete(RESULTS, LAYOUT, planned, sweep.choose_engine(args, jobs=len(CORES)))
     report()
     print(RESULTS / "summary.md")

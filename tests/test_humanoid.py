@@ -583,6 +583,8 @@ def test_runs_and_report(here, monkeypatch):
     monkeypatch.setattr(humanoid, "SETTINGS", settings)
     steps = ["--total-timesteps", "512"]
     humanoid.main([*steps, "--ablation", "defaults"])
+    assert [row["run"] for row in read_csv(here / "results/runs.csv")] == ["defaults"]
+    humanoid.main(steps)
     rows = read_csv(here / "results/runs.csv")
     assert [(row["run"], row["seed"]) for row in rows] == [
         ("recipe", "1"),
@@ -611,6 +613,7 @@ def test_runs_and_report(here, monkeypatch):
     assert "- `fixed-lr`, seed 1: `python benchmark/humanoid.py --ablation fixed-lr`" in text
     assert "`recipe`, seed" not in text
     monkeypatch.setattr(humanoid, "play", None)  # all is done, and nothing is played again
+    humanoid.main(steps)
     humanoid.main([*steps, "--ablation", "defaults"])
     assert (here / "results/summary.md").read_text() == text
     (here / "runs/recipe/1/both.json").unlink()
