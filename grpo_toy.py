@@ -1493,7 +1493,10 @@ def command(argv: list[str]) -> None:
 
 
 def main(run_command: Callable[[list[str]], None] = command) -> None:
-    """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
+    """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted.
+
+    And 1, with a traceback, where the environment failed.
+    """
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame renders without a screen
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # so does MuJoCo

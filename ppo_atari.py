@@ -287,14 +287,14 @@ class Objective(NamedTuple):
 def ppo_loss(log_prob, entropy, kl, values, batch, objective, beta, args) -> dict[str, Tensor]:
     """The terms of eq. 9 for each of B transitions, by name; the caller averages them.
 
-    log_prob, entropy, kl, values [B]: of the policy that is being optimised, where log_prob is
+    log_prob, entropy, kl, values [B]: of the networks as they are now, where log_prob is
     log pi(a|s) of the action taken and kl is KL[old, new], exact.
     batch, [B] each: log_prob and values of the old policy, advantages, returns (V_targ).
     beta: the weight of the KL now; objective.beta is only its first value.
     """
     advantages = batch["advantages"]
     logratio = log_prob - batch["log_prob"]
-    ratio = logratio.clamp(max=40).exp()  # eqs. 6 to 8; times a gradient of 0, inf would be NaN
+    ratio = logratio.clamp(max=40).exp()  # of eqs. 6 to 8; no inf, which times 0 is NaN
 
     if objective.kind == "pg":
         gain = log_prob * advantages  # eq. 2
@@ -1388,7 +1388,10 @@ def command(argv: list[str]) -> None:
 
 
 def main(run_command: Callable[[list[str]], None] = command) -> None:
-    """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
+    """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted.
+
+    And 1, with a traceback, where the environment failed.
+    """
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame renders without a screen
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # so does MuJoCo

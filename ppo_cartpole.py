@@ -103,7 +103,7 @@ class Args:
     device: str = "cpu"  # cpu or cuda; networks this small are faster on the CPU
     compile: bool = False  # torch.compile the gradient: faster, after some twenty seconds
     run_dir: str | None = None  # folder of this run; None makes one under runs/
-    checkpoint_every: int = 0  # updates from one to the next; each restarts all episodes; 0: seldom
+    checkpoint_every: int = 0  # updates between checkpoints, which cut episodes short; 0: seldom
     resume: str | None = None  # go on with the run in this folder; its config.json has the flags
     track: bool = False  # mirror the run to Weights & Biases (WANDB_MODE=offline works)
     wandb_project: str = "ppo"  # project for --track
@@ -251,14 +251,14 @@ class Objective(NamedTuple):
 def ppo_loss(log_prob, entropy, kl, values, batch, objective, beta, args) -> dict[str, Tensor]:
     """The terms of eq. 9 for each of B transitions, by name; the caller averages them.
 
-    log_prob, entropy, kl, values [B]: of the policy that is being optimised, where log_prob is
+    log_prob, entropy, kl, values [B]: of the networks as they are now, where log_prob is
     log pi(a|s) of the action taken and kl is KL[old, new], exact.
     batch, [B] each: log_prob and values of the old policy, advantages, returns (V_targ).
     beta: the weight of the KL now; objective.beta is only its first value.
     """
     advantages = batch["advantages"]
     logratio = log_prob - batch["log_prob"]
-    ratio = logratio.clamp(max=40).exp()  # eqs. 6 to 8; times a gradient of 0, inf would be NaN
+    ratio = logratio.clamp(max=40).exp()  # of eqs. 6 to 8; no inf, which times 0 is NaN
 
     if objective.kind == "pg":
         gain = log_prob * advantages  # eq. 2
@@ -415,11 +415,11 @@ def gradient(agent: Agent, minibatch: dict, objective: Objective, beta, args: Ar
 
 
 def split_batch(batch: dict, order: Tensor, num_minibatches: int) -> list[dict]:
-    """The minibatches of an epoch: every row once, in this order, no reset steps.  [detail 6]"""
+    """The minibatches of an epoch: all rows in this order, but no reset steps.  [detail 6]"""
     parts = [rows[batch["valid"][rows]] for rows in order.chunk(num_minibatches)]
     parts = [rows for rows in parts if len(rows) > 1]  # fewer cannot be standardised
     sizes = [len(rows) for rows in parts]
-    rows = torch.cat(parts)  # sorted at once and then cut: faster than for each minibatch anew
+    rows = torch.cat(parts)  # gathered at once and then cut: faster than each minibatch anew
     pieces = {name: x.index_select(0, rows).split(sizes) for name, x in batch.items()}
     return [{name: x[i] for name, x in pieces.items()} for i in range(len(sizes))]
 
@@ -609,7 +609,7 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
     """The returns of args.eval_episodes episodes, on seeds that training never used.
 
     Greedy actions, or sampled ones with args.sample_actions. Where no time limit is registered,
-    episodes are cut: at 1,000 steps, or so that all together are as long as the training.
+    an episode is cut after total_timesteps / eval_episodes steps, but not before 1,000.
     """
     seed = 2**30 + stream(args.seed, "evaluation")
     actors = Actors(args, 1, run_path / "videos" if args.capture_video else None)
@@ -758,7 +758,7 @@ def check_interface(args: Args, envs: gym.vector.VectorEnv) -> None:
     if not isinstance(envs, gym.vector.SyncVectorEnv):
         return
     env = envs.envs[0]
-    space = env.unwrapped.observation_space
+    space = env.env.observation_space  # of what Checked wraps
     calls = {
         "reset": lambda: env.reset(seed=0),
         "step": lambda: env.step(env.action_space.sample()),
@@ -1344,7 +1344,10 @@ def command(argv: list[str]) -> None:
 
 
 def main(run_command: Callable[[list[str]], None] = command) -> None:
-    """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
+    """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted.
+
+    And 1, with a traceback, where the environment failed.
+    """
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame renders without a screen
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # so does MuJoCo

@@ -2,14 +2,14 @@
 
 Schulman, Wolski, Dhariwal, Radford, Klimov (2017), https://arxiv.org/abs/1707.06347, with the
 hyperparameters of Table 3 and every objective of Table 1. Read ppo_cartpole.py first: equations and
-details have the same numbers here, and the two files differ in little. What is new:
+details have the same numbers here, and below AROUND THE RUN the text is the same. What is new:
 
     the policy      a Gaussian with a learned standard deviation that no state changes
     observations    standardised with running statistics, which evaluation leaves as they are
     rewards         divided by the running deviation of the discounted return
     simulators      EnvPool, where many actors run
     speed           the gradient compiled, rollouts in NumPy (in_numpy)
-    two presets     modern, the default: what most code does today
+    two presets     modern, the default: mostly what is usual today
                     paper: as far as is known, what was done for the paper
 
 The statistics are renewed once per rollout, before the update, as in OpenAI's code of the paper's
@@ -79,7 +79,7 @@ except ImportError:  # Windows
 
 @dataclass
 class Args:
-    """PPO for continuous actions. --preset modern or --preset paper sets the defaults."""
+    """PPO for continuous actions. --preset modern sets these defaults, paper those in brackets."""
 
     env_id: str = "HalfCheetah-v4"  # environment id; module:Name-v0 imports the module first
     objective: str = "clip:0.2"  # clip:EPS (eq. 7), kl:BETA, adaptive:D_TARG (eq. 8), none, pg
@@ -91,13 +91,13 @@ class Args:
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"  # auto: EnvPool from 4 actors on
 
     obs_clip: float = 10.0  # standardised observations are clipped to +- this (paper: 5)
-    clip_actions: bool = True  # clip what is sent to the bounds, learn from the raw (paper: no)
+    clip_actions: bool = True  # clip to the bounds what the environment gets (paper: no)
     scale_rewards: bool = True  # divide by the deviation of the return, clip to +-10 (paper: no)
     log_std: float = -1.0  # where the Gaussian's log standard deviation starts (paper: 0)
 
     gamma: float = 0.99  # discount factor (eq. 10)
     gae_lambda: float = 0.95  # lambda of GAE (eq. 11)
-    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # standardise (paper: batch)
+    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # advantages (paper: batch)
     bootstrap_truncated: bool = True  # a time limit is no end: go on with V (paper: no)
 
     update_epochs: int = 10  # passes over the batch per update (K)
@@ -113,7 +113,7 @@ class Args:
     device: str = "cpu"  # cpu or cuda; networks this small are faster on the CPU
     compile: bool = True  # torch.compile the gradient, where there is a C++ compiler
     run_dir: str | None = None  # folder of this run; None makes one under runs/
-    checkpoint_every: int = 0  # updates from one to the next; each restarts all episodes; 0: seldom
+    checkpoint_every: int = 0  # updates between checkpoints, which cut episodes short; 0: seldom
     resume: str | None = None  # go on with the run in this folder; its config.json has the flags
     track: bool = False  # mirror the run to Weights & Biases (WANDB_MODE=offline works)
     wandb_project: str = "ppo"  # project for --track
@@ -121,7 +121,7 @@ class Args:
     evaluate: str | None = None  # evaluate the run in this folder; the flags below may be given
     eval_episodes: int = 20  # evaluation episodes, on seeds that training never used
     sample_actions: bool = False  # evaluate sampled actions, not the mean ones
-    capture_video: bool = False  # film every evaluation episode: RUN_DIR/videos/*.mp4
+    capture_video: bool = False  # evaluate in Gymnasium, and film it: RUN_DIR/videos/*.mp4
 
     @property
     def batch_size(self) -> int:
@@ -246,9 +246,9 @@ class RunningStats(nn.Module):
 
 
 class Agent(nn.Module):
-    """Policy and value function, two separate networks, and the statistics of observations.
+    """Policy and value function, two separate networks, and the statistics.  [detail 13]
 
-    Both take observations as the environment gives them.  [detail 13]
+    Both take observations as the environment gives them.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, obs_clip: float, log_std: float):
@@ -286,7 +286,7 @@ def draw_noise(shape: tuple[int, ...], rng: torch.Generator) -> np.ndarray:
 @torch.no_grad()
 def act(agent: Agent, obs: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
     """obs [..., D] -> actions [..., U]: samples with noise [..., U], else the mean ones."""
-    mean, log_std = agent.policy(torch.as_tensor(obs, device=agent.log_std.device))
+    mean, log_std = agent.policy(torch.as_tensor(obs, device=agent.obs_stats.mean.device))
     return mean.cpu().numpy() + log_std.exp().cpu().numpy() * noise
 
 
@@ -341,14 +341,14 @@ class Objective(NamedTuple):
 def ppo_loss(log_prob, entropy, kl, values, batch, objective, beta, args) -> dict[str, Tensor]:
     """The terms of eq. 9 for each of B transitions, by name; the caller averages them.
 
-    log_prob, entropy, kl, values [B]: of the policy that is being optimised, where log_prob is
+    log_prob, entropy, kl, values [B]: of the networks as they are now, where log_prob is
     log pi(a|s) of the action taken and kl is KL[old, new], exact.
     batch, [B] each: log_prob and values of the old policy, advantages, returns (V_targ).
     beta: the weight of the KL now; objective.beta is only its first value.
     """
     advantages = batch["advantages"]
     logratio = log_prob - batch["log_prob"]
-    ratio = logratio.clamp(max=40).exp()  # eqs. 6 to 8; times a gradient of 0, inf would be NaN
+    ratio = logratio.clamp(max=40).exp()  # of eqs. 6 to 8; no inf, which times 0 is NaN
 
     if objective.kind == "pg":
         gain = log_prob * advantages  # eq. 2
@@ -531,11 +531,11 @@ def gradient(agent: Agent, minibatch: dict, objective: Objective, beta, args: Ar
 
 
 def split_batch(batch: dict, order: Tensor, num_minibatches: int) -> list[dict]:
-    """The minibatches of an epoch: every row once, in this order, no reset steps.  [detail 6]"""
+    """The minibatches of an epoch: all rows in this order, but no reset steps.  [detail 6]"""
     parts = [rows[batch["valid"][rows]] for rows in order.chunk(num_minibatches)]
     parts = [rows for rows in parts if len(rows) > 1]  # fewer cannot be standardised
     sizes = [len(rows) for rows in parts]
-    rows = torch.cat(parts)  # sorted at once and then cut: faster than for each minibatch anew
+    rows = torch.cat(parts)  # gathered at once and then cut: faster than each minibatch anew
     pieces = {name: x.index_select(0, rows).split(sizes) for name, x in batch.items()}
     return [{name: x[i] for name, x in pieces.items()} for i in range(len(sizes))]
 
@@ -742,7 +742,7 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
     """The returns of args.eval_episodes episodes, on seeds that training never used.
 
     Greedy actions, or sampled ones with args.sample_actions. Where no time limit is registered,
-    episodes are cut: at 1,000 steps, or so that all together are as long as the training.
+    an episode is cut after total_timesteps / eval_episodes steps, but not before 1,000.
     """
     seed = 2**30 + stream(args.seed, "evaluation")
     actors = Actors(args, 1, run_path / "videos" if args.capture_video else None)
@@ -814,8 +814,10 @@ LIMITS = {
 def parse_args(argv: list[str]) -> Args:
     """The command line. Where it is wrong, tyro says so in a box and exits with code 2."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=("modern", "paper"), default="modern")
+    parser.add_argument("--preset", default="modern")
     chosen, rest = parser.parse_known_args(argv)
+    if chosen.preset not in ("modern", "paper"):
+        raise UserError(f"--preset must be modern or paper, not {chosen.preset!r}")
     for word in rest:
         if word.partition("=")[0] in ("--seeds", "--objectives"):
             raise UserError(f"{word} is a flag of benchmark/lockstep.py, which trains many agents")
@@ -933,7 +935,7 @@ def check_interface(args: Args, envs: gym.vector.VectorEnv) -> None:
     if not isinstance(envs, gym.vector.SyncVectorEnv):
         return
     env = envs.envs[0]
-    space = env.unwrapped.observation_space
+    space = env.env.observation_space  # of what Checked wraps
     calls = {
         "reset": lambda: env.reset(seed=0),
         "step": lambda: env.step(env.action_space.sample()),
@@ -1021,7 +1023,7 @@ def in_numpy(agent: Agent) -> Callable:
 
     It is made from the agent's own weights and compared with act() on random observations, some of
     them far enough out to be clipped. Where the two differ, as they do after a change of
-    Agent.policy, act() itself is returned.
+    Agent.policy, act() itself is returned: slower, but the same policy.
     """
     exact = partial(act, agent)
     weights = [weight.detach().cpu().numpy() for weight in agent.actor.parameters()]
@@ -1582,7 +1584,10 @@ def command(argv: list[str]) -> None:
 
 
 def main(run_command: Callable[[list[str]], None] = command) -> None:
-    """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted."""
+    """Exit codes: 0 done, 2 bad input or a failed write, 3 a number not finite, 130 interrupted.
+
+    And 1, with a traceback, where the environment failed.
+    """
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame renders without a screen
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # so does MuJoCo

@@ -140,10 +140,10 @@ def in_short() -> str:
         "[Table 1](benchmark/README.md#the-papers-table-1), time limits bootstrapped": (
             f"`clip:0.2` scores {ours[0]}, `none` {ours[1]}; "
             f"the paper {clip['the paper']} and {none['the paper']}. "
-            "It does not say which returns score 0 and 1: compare the order"
+            "It does not say which returns are its 0 and 1: compare the order"
         ),
         "[MuJoCo](benchmark/README.md#defaults), defaults, ten seeds, greedy": (
-            f"{', '.join(finals)}. Beside Tianshou's ten seeds our mean is {against}"
+            f"{', '.join(finals)}. Beside Tianshou's ten seeds our mean is {against} of 7 tasks"
         ),
         "[CartPole](benchmark/README.md#cartpole-acrobot-lunarlander-ppo_cartpolepy)": (
             f"{classic['cartpole'][reached]} seeds solve it"

@@ -478,6 +478,7 @@ def test_presets_are_flags_and_nothing_else():
         ("--num-minibatches 33", "does not divide into 33 minibatches"),
         ("--evaluate nowhere", "nowhere is not a run folder"),
         ("--resume nowhere --seed 2", "--seed cannot stand beside --resume"),
+        ("--preset fast", "--preset must be modern or paper, not 'fast'"),
         ("--resume nowhere --preset paper", "--preset cannot stand beside --resume"),
     ],
 )
@@ -491,7 +492,7 @@ def test_bad_input_is_refused_in_one_line(argv, message, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("argv", ["--preset fast", "--gama 0.9", "--seed one"])
+@pytest.mark.parametrize("argv", ["--gama 0.9", "--seed one"])
 def test_a_command_line_that_cannot_be_read_ends_with_code_2(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", *argv.split()])

@@ -146,6 +146,19 @@ class Loose(Good):
         return obs, np.array([reward]), np.bool_(terminated), int(truncated), infos
 
 
+class Nested(Good):
+    """Observes a Dict. "Flat" is this one, flattened where it is registered."""
+
+    observation_space = gym.spaces.Dict({"all": Good.observation_space})
+
+    def observe(self):
+        return {"all": super().observe()}
+
+
+def flat(**options) -> gym.Env:
+    return gym.wrappers.FlattenObservation(Nested(**options))
+
+
 class Narrow(Good):
     """Declares bytes, gives numbers around 5,412,345."""
 
@@ -258,9 +271,10 @@ def descendants(cls) -> list:
     return [cls, *(below for child in cls.__subclasses__() for below in descendants(child))]
 
 
-for cls in descendants(Good):
-    for suffix, continuous in (("Box", True), ("Discrete", False)):
+for suffix, continuous in (("Box", True), ("Discrete", False)):
+    for cls in descendants(Good):
         gym.register(f"{cls.__name__}{suffix}-v0", cls, kwargs={"continuous": continuous})
+    gym.register(f"Flat{suffix}-v0", flat, kwargs={"continuous": continuous})
 
 
 @pytest.fixture(autouse=True)
@@ -308,10 +322,10 @@ def test_a_broken_interface_is_one_line_before_anything_is_written(name, run, tm
 
 
 def test_harmless_differences_change_nothing(run, tmp_path):
-    outcomes = [run(name, "--run-dir", name) for name in ("Good", "Loose")]
-    assert [outcome.code for outcome in outcomes] == [0, 0]
-    good, loose = (tmp_path / name / "episodes.csv" for name in ("Good", "Loose"))
-    assert good.read_bytes() == loose.read_bytes() and rows(good) > 20
+    names = ("Good", "Loose", "Flat")
+    assert [run(name, "--run-dir", name).code for name in names] == [0, 0, 0]
+    good, loose, flat = (tmp_path / name / "episodes.csv" for name in names)
+    assert good.read_bytes() == loose.read_bytes() == flat.read_bytes() and rows(good) > 20
 
 
 def test_integer_actions_are_refused_and_bounds_far_from_0_are_told(monkeypatch, capsys):

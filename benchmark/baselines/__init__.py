@@ -69,7 +69,7 @@ class RolloutArgs(Args):
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.97  # lambda of GAE; 1: n-step returns
     hidden: int = 64  # units of each of the two hidden layers
-    checkpoint_every: int = 0  # updates from one to the next, which restarts episodes; 0: seldom
+    checkpoint_every: int = 0  # updates between checkpoints, which cut episodes short; 0: seldom
 
     @property
     def batch_size(self) -> int:
