@@ -208,8 +208,7 @@ last 100 training
 episodes, and the mean greedy return at the end. Effect: on the mean normalised score, against \
 the centre; 0 is the
 untrained Gaussian policy and 1 the best run of the task among settings with all runs; bootstrap \
-intervals, where all
-settings draw the same seeds. Gaits: the HalfCheetahs whose last 100 episodes are above \
+intervals. Gaits: the HalfCheetahs whose last 100 episodes are above \
 {PLATEAU:,}; the others stay on
 a plateau.
 {missing}

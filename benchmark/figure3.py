@@ -54,22 +54,30 @@ LINE_UPS = {"frozen": ["ppo", "trpo-frozen", *OTHERS], "learned": ["ppo", "trpo-
 DRAWS = 10_000  # of the bootstrap
 
 
+MEANS = ("accepted", "backtracks", "cg_residual", "projected")  # over a run; see trpo.py, a2c.py
+
+
 def measure(facts: dict, metrics: pd.DataFrame, folder: Path) -> dict:
-    """updates, of CEM the generations; kl_median and kl_max; projected, see a2c.py."""
-    projected = metrics.get("losses/projected")
-    return grids.kl_of_updates(facts, metrics, folder) | {
-        "updates": len(metrics),
-        "projected": None if projected is None else float(projected.mean()),
-    }
+    """updates, of CEM the generations; kl_median and kl_max; MEANS, where an algorithm has them."""
+    means = dict.fromkeys(MEANS)
+    for name in MEANS:
+        if f"losses/{name}" in metrics:
+            means[name] = float(metrics[f"losses/{name}"].mean())
+    return grids.kl_of_updates(facts, metrics, folder) | {"updates": len(metrics)} | means
 
 
 COLUMNS = "env_id algorithm seed total_timesteps transitions updates last_100_return"
-COLUMNS += " eval_return_mean eval_return_std eval_episodes kl_median kl_max projected"
+COLUMNS += f" eval_return_mean eval_return_std eval_episodes kl_median kl_max {' '.join(MEANS)}"
 COLUMNS += " wall_seconds sps started git_commit cpu cores python"
 LAYOUT = Layout(
     key=("env_id", "algorithm", "seed"),
     columns=(*COLUMNS.split(), *PACKAGES, "command"),
-    curves={"episodic_return": plot.RETURN, "kl": "losses/kl_after_update"},
+    curves={
+        "episodic_return": plot.RETURN,
+        "kl": "losses/kl_after_update",
+        "action_std": "charts/action_std",
+        "learning_rate": "charts/learning_rate",
+    },
     order={"env_id": TASKS, "algorithm": list(WITH_PPO)},
     measure=measure,
 )
@@ -101,6 +109,11 @@ def call_of(cell: tuple[str, str, int], total_timesteps: int, runs: str) -> Call
     return Call(f"benchmark.baselines.{algorithm.trainer}", tuple(flags), {"algorithm": name})
 
 
+def flags_of(command: str) -> str:
+    """Without where the run folder is."""
+    return command.partition(" --run-dir")[0]
+
+
 def plan(grid: Grid, table: sweep.Table, total_timesteps: int) -> list[Call]:
     """The calls for all cells that the table lacks, those of the first seeds first.
 
@@ -112,7 +125,7 @@ def plan(grid: Grid, table: sweep.Table, total_timesteps: int) -> list[Call]:
         call = call_of(cell, total_timesteps, f"runs/{table.folder.name}")
         if cell not in table.cells:
             calls.append(call)
-        elif made[cell[0], cell[1], str(cell[2])] != call.command:
+        elif flags_of(made[cell[0], cell[1], str(cell[2])]) != flags_of(call.command):
             what = f"{table.folder} holds a run of other settings than {call.command}"
             raise UserError(f"{what}; give other --results")
     return calls
@@ -160,10 +173,14 @@ def paper_ends() -> pd.Series:
     return ends.set_index(["task", "algorithm"])["final"]
 
 
-def with_interval(x: np.ndarray) -> str:
-    """The mean of the seeds, with its bootstrap 95% interval where there are several."""
+def with_interval(x: np.ndarray, seeds: int) -> str:
+    """The mean of the runs, with its bootstrap 95% interval where there are several.
+
+    And how many, where those are not so many `seeds`.
+    """
     mean, low, high = scores.mean_interval(x)
-    return number(mean) + f" [{number(low)}, {number(high)}]" * (len(x) > 1)
+    text = number(mean) + f" [{number(low)}, {number(high)}]" * (len(x) > 1)
+    return text + f", n = {len(x)}" * (len(x) != seeds)
 
 
 def rank_of_first(means: np.ndarray) -> np.ndarray:
@@ -203,6 +220,7 @@ def tell_missing(runs: pd.DataFrame, grid: Grid, seeds_of_ppo: dict[str, int]) -
         missing += f"- PPO, which benchmark/table1.py runs: {', '.join(without_ppo)}\n"
 
     count = sum(cell in there for cell in grid.cells)
+    more = len(there) - count
     text = f"{len(grid.tasks)} tasks x {len(grid.algorithms)} algorithms x {len(grid.seeds)} seeds"
     if count == len(grid.cells):
         text = f"All {count} runs are in: {text}."
@@ -213,6 +231,7 @@ def tell_missing(runs: pd.DataFrame, grid: Grid, seeds_of_ppo: dict[str, int]) -
     counts = ", ".join(
         f"{task} {seeds_of_ppo[task]}" for task in grid.tasks if task in seeds_of_ppo
     )
+    text += f"\n{more} runs of other seeds are here too, and count." * (more > 0)
     return text + f"\nSeeds of PPO: {counts or 'none'}.\n\n"
 
 
@@ -223,15 +242,15 @@ def tell_returns(returns: dict, grid: Grid, ends: pd.Series) -> str:
         for task in grid.tasks:
             cell = []
             if (task, name) in returns:
-                cell.append(with_interval(returns[task, name]))
+                cell.append(with_interval(returns[task, name], len(grid.seeds)))
             if (task, WITH_PPO[name].paper) in ends:
                 cell.append(f"paper {number(ends[task, WITH_PPO[name].paper])}")
             row[task] = "<br>".join(cell)
         table.append(row)
     return f"""## Returns
 
-The return of the last 100 episodes, the mean over seeds and its bootstrap 95% interval; below it \
-the end of the paper's
+The return of the last 100 episodes, the mean over {len(grid.seeds)} seeds and its bootstrap 95% \
+interval; below it the end of the paper's
 curve (-v1). From so few seeds the intervals come out too narrow rather than too wide.
 
 {markdown(table)}
@@ -247,7 +266,7 @@ Means over seeds with bootstrap 95% intervals. Beside the paper's curves, dashed
 def tell_ranks(returns: dict, grid: Grid, ends: pd.Series) -> str:
     """PPO's rank on each task, beside TRPO with sigma frozen and beside TRPO with sigma learned."""
     theirs = ["PPO (clip)", *dict.fromkeys(a.paper for a in ALGORITHMS.values())]
-    table, first_in_paper = [], 0
+    table, first_in_paper, told_by_paper = [], 0, 0
     rng = np.random.default_rng(0)
     firsts = {name: [] for name in LINE_UPS}  # per task: whether PPO is first, and in each draw
     for task in grid.tasks:
@@ -255,6 +274,7 @@ def tell_ranks(returns: dict, grid: Grid, ends: pd.Series) -> str:
         if task in ends:
             rank = rank_of_first(ends[task][theirs].to_numpy())
             first_in_paper += rank == 1
+            told_by_paper += 1
             row["the paper"] = f"{rank} of {len(theirs)}"
         for name, line_up in LINE_UPS.items():
             column = f"TRPO's sigma {name}"
@@ -266,8 +286,14 @@ def tell_ranks(returns: dict, grid: Grid, ends: pd.Series) -> str:
                 low, high = scores.interval(draws).round().astype(int)
                 row[column] = f"{rank} of {len(line_up)} [{low}, {high}]; "
                 row[column] += f"first in {(draws == 1).mean():.0%} of the resamples"
+                ahead = [
+                    f"`{other}`"
+                    for other in line_up[1:]
+                    if returns[task, other].mean() > returns[task, "ppo"].mean()
+                ]
+                row[column] += f"; behind {', '.join(ahead)}" if ahead else ""
         table.append(row)
-    last = {"task": "**PPO first**", "the paper": f"{first_in_paper} tasks"}
+    last = {"task": "**PPO first**", "the paper": f"{first_in_paper} of {told_by_paper} tasks"}
     for name, mine in firsts.items():
         last[f"TRPO's sigma {name}"] = ""
         if mine:
@@ -299,7 +325,7 @@ def tell_disagreements(returns: dict, grid: Grid, ends: pd.Series) -> str:
         if far:
             task = max(far, key=lambda task: abs(far[task]))
             row = {"algorithm": f"`{name}`", "task": task}
-            row["ours"] = with_interval(returns[task, name])
+            row["ours"] = with_interval(returns[task, name], len(grid.seeds))
             row["the paper"] = number(ends[task, WITH_PPO[name].paper])
             table.append(row | {"apart": f"{far[task]:+.0%}"})
     if not table:
@@ -429,8 +455,6 @@ def report(folder: Path, ppo_folder: Path, grid: Grid) -> None:
     runs = runs[runs["algorithm"].isin(grid.algorithms)]
     if runs.empty:
         raise UserError(f"{folder / 'runs.csv'} has no run yet; run figure3.py without --report")
-    seeds = {*grid.seeds, *runs["seed"].astype(int)}  # also what was not asked for
-    grid = grid._replace(seeds=sorted(seeds))
     ppo = read_ppo(ppo_folder)
     returns = returns_of(pd.concat([ppo.runs, runs], ignore_index=True))
     ends = paper_ends()

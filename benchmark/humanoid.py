@@ -336,7 +336,7 @@ def missing_runs(runs: pd.DataFrame) -> str:
             flags = "" if name == "recipe" else f" --ablation {name}"
             text += f"- `{name}`, seed {', '.join(seeds)}: "
             text += f"`python benchmark/humanoid.py{flags}`\n"
-    return f"## Not run yet\n\n{text}\n" if text else ""
+    return f"## Not run\n\n{text}\n" if text else ""
 
 
 def report() -> None:

@@ -29,7 +29,7 @@ from benchmark import Parser, UserError, cli, scores
 # line -> (steps, returns) of each of its seeds
 Groups = dict[str, list[tuple[np.ndarray, np.ndarray]]]
 # safe for the colour-blind, the most different first, without the yellow that white paper swallows
-COLOURS = [color_sequences["okabe_ito"][i] for i in (5, 6, 3, 1, 7, 2, 0)]
+COLOURS = [color_sequences["okabe_ito"][i] for i in (5, 6, 3, 1, 7, 2, 0)] + ["0.6"]
 POINTS = 200
 RETURN = "charts/episodic_return"
 

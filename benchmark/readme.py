@@ -224,14 +224,14 @@ def rerun() -> str:
     return markdown(rows).strip()
 
 
-def chapter(folder: str) -> str:
-    """The beginning of a committed result, up to its second section; empty where there is none."""
+def chapter(folder: str, count: int = 1) -> str:
+    """A committed result with its first `count` sections; empty where there is none."""
     path = RESULTS / folder / "summary.md"
     if not path.exists():
         return ""
     title, _, text = path.read_text().partition("\n")
     lead, *sections = re.split(r"^(?=## )", text, flags=re.M)
-    text = (lead + "".join(sections[:1])).strip("\n")
+    text = (lead + "".join(sections[:count])).strip("\n")
     text = re.sub(r"^## ", "#### ", text, flags=re.M)
     text = re.sub(r"\]\((?!https?:|#)", f"](results/{folder}/", text)
     heading = f'<a id="{folder}"></a>\n\n### {title.removeprefix("# ")}'
@@ -246,12 +246,12 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {  # document -> block -> what
     },
     "benchmark/README.md": {
         "rerun": rerun,
-        "table1": partial(chapter, "table1"),
+        "table1": partial(chapter, "table1", 3),  # scores, contrasts, time limits
         "table1-bootstrapped": partial(result, "table1-bootstrapped/scores.md"),
         "table1-learning": partial(result, "table1-bootstrapped/learning.md"),
         "table1-modern": partial(result, "table1-modern/scores.md"),
         "defaults": partial(chapter, "defaults"),
-        "figure3": partial(chapter, "figure3"),
+        "figure3": partial(chapter, "figure3", 4),  # returns, ranks, disagreements, CEM
         "humanoid": partial(chapter, "humanoid"),
         "recurrent": partial(chapter, "recurrent"),
         "classic": partial(result, "classic/summary.md"),

@@ -205,6 +205,8 @@ def work(call: Call, layout: Layout) -> Rows:
             shutil.rmtree(path, ignore_errors=True)  # stopped before its first file was whole
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.with_name(path.name + ".log")
+        commits = [*commits_of(path), git_commit()]
+        beside(path).write_text("\n".join(dict.fromkeys(commits)))
         torch.set_num_threads(1)  # this and the next line: as main() of the scripts does
         gc.freeze()
         with (
@@ -218,6 +220,16 @@ def work(call: Call, layout: Layout) -> Rows:
                 traceback.print_exc()
                 raise UserError(f"{path} failed: {reason}; more in {log}") from reason
     return collect(call, layout)
+
+
+def beside(path: Path) -> Path:
+    """The file that says from which commits a run folder was made."""
+    return path.with_name(path.name + ".commits")
+
+
+def commits_of(path: Path) -> list[str]:
+    """Of the code that a run was begun with and, if it was stopped, went on with."""
+    return beside(path).read_text().splitlines() if beside(path).exists() else []
 
 
 def read_config(folder: Path, args) -> dict:
@@ -242,7 +254,8 @@ def read_config(folder: Path, args) -> dict:
 def collect(call: Call, layout: Layout) -> Rows:
     """The rows of a finished run. Raises UserError where a file does not fit."""
     started = read_config(call.path, call.crowd[0])["started"]
-    about = machine() | {"started": started, "git_commit": git_commit(), "command": call.command}
+    commits = " and ".join(commits_of(call.path)) or git_commit()
+    about = machine() | {"started": started, "git_commit": commits, "command": call.command}
     rows, curves = [], []
     for args, folder in zip(call.crowd, call.folders, strict=True):
         config = read_config(folder, args)
@@ -256,7 +269,8 @@ def collect(call: Call, layout: Layout) -> Rows:
                 facts |= layout.measure(facts, metrics, folder)
             rows.append({name: facts[name] for name in layout.columns})
             points = layout.thin(metrics, layout.points)
-            curve = points[list(layout.curves.values())].map(lambda x: f"{x:.6g}")
+            curve = points.reindex(columns=list(layout.curves.values()))
+            curve = curve.astype(float).map(lambda x: f"{x:.6g}")
             curve.columns = list(layout.curves)
             curve = curve.replace("nan", "")
             for name in ("global_step", *reversed(layout.key)):

@@ -106,6 +106,10 @@ def tell_scores(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
             mean, draws = means[reading], drawn[reading]
             middle = scores.interquartile_means(normalised)
             middles = scores.interquartile_means(resampled)
+    if scale := frozen_scale(grid.tasks):
+        normalised = scores.normalise(raw, *scale)
+        means["frozen scale"] = scores.means(normalised)
+        drawn["frozen scale"] = scores.means(scores.resample(normalised))
     draw_scores(folder / "scores.png", theirs, (mean, draws), (middle, middles))
 
     table = pd.DataFrame({"objective": [f"`{o}`" for o in objectives]})
@@ -115,22 +119,27 @@ def tell_scores(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
     for name, (estimates, resampled) in columns.items():
         cells = [with_interval(x, resampled[:, i]) for i, x in enumerate(estimates)]
         table[f"{name} [95%]"] = cells
-    best, worst = mean.argmax(), mean.argmin()
-    near = np.flatnonzero(mean >= scores.interval(draws)[0, best])
+    worst, next_worst = mean.argsort()[:2]
+    best = mean.argmax()
+    behind = scores.interval(draws[:, [best]] - draws)[0]  # at least so far, each
+    near = [f"`{o}`" for i, o in enumerate(objectives) if i != best and behind[i] <= 0]
+    gap = with_interval(mean[next_worst] - mean[worst], draws[:, next_worst] - draws[:, worst])
     frozen = runs.loc[grid.cells].query("diverged_at != ''").groupby("objective").size()
     counted = ", ".join(f"`{o}` {frozen[o]}" for o in objectives if o in frozen)
     stopped = "\nRuns that met a number that was not finite and kept their last weights: "
     stopped = f"{stopped}{counted}.\n" if counted else ""
+    narrow = "; from so few seeds they come out too narrow rather than too wide"
+    narrow *= len(grid.seeds) < 10
     headline = f"""{markdown(table)}
 The return of the last 100 episodes, in each task 0 for the untrained Gaussian policy and 1 for \
 the best single run,
 averaged over {len(grid.tasks)} tasks x {len(grid.seeds)} seeds. \
 Bootstrap 95% intervals, stratified by task, with 0 and 1 of each task as
-measured; from so few seeds they come out too narrow rather than too wide. The paper states none.
+measured{narrow}. The paper states none.
 
-Highest is `{objectives[best]}`; at or above the lower end of its interval:
-{", ".join(f"`{objectives[i]}`" for i in near)}. Lowest is `{objectives[worst]}`, in
-{(draws.argmin(1) == worst).mean():.0%} of the resamples.
+Highest is `{objectives[best]}`. The interval of the difference from it holds 0 for:
+{", ".join(near) or "none"}. Lowest is `{objectives[worst]}`, in \
+{(draws.argmin(1) == worst).mean():.0%} of the resamples; the next one is higher by {gap}.
 {stopped}"""
     (folder / "scores.md").write_text(headline)
 
@@ -161,7 +170,8 @@ Highest is `{objectives[best]}`; at or above the lower end of its interval:
 {headline}
 ![Scores with intervals](scores.png)
 
-The paper defines neither its random policy nor its best result. All four readings of the mean:
+The paper gives the returns neither of its random policy nor of its best result. The mean, in all \
+readings:
 
 {markdown(readings)}
 What is 0 and what is 1 in them:
@@ -174,8 +184,12 @@ What is 0 and what is 1 in them:
 def freeze_scale(folder: Path, grid: Grid) -> None:
     """Write scale.csv: what is 0 and what is 1 in this table, for all later ones.
 
-    Raises UserError where a run is missing.
+    Raises UserError where a run is missing, or a scale is there.
     """
+    if folder.resolve() != SCALE.parent.resolve():
+        raise UserError(f"the scale is that of {SCALE.parent}: give --freeze-scale there")
+    if SCALE.exists():
+        raise UserError(f"{SCALE} is frozen already, and other tables may be on it")
     runs = sweep.Table(folder, LAYOUT).runs
     runs = runs.set_index(["env_id", "objective", runs["seed"].astype(int)])
     raw = raw_returns(runs, grid)
@@ -184,7 +198,7 @@ def freeze_scale(folder: Path, grid: Grid) -> None:
         "zero": grids.random_returns(folder / "random.csv", grid.tasks, "gaussian"),
         "one": scores.best_returns(raw, "run"),
     }
-    sweep.write(folder / SCALE.name, pd.DataFrame(rows))
+    sweep.write(SCALE, pd.DataFrame(rows))
 
 
 def frozen_scale(tasks: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -197,10 +211,10 @@ def frozen_scale(tasks: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
     return scale.loc[tasks, "zero"].to_numpy(), scale.loc[tasks, "one"].to_numpy()
 
 
-def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, planned: bool) -> str:
+def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> str:
     """`clip:0.2` against every other objective, and how small a difference could be seen.
 
-    planned: whether these contrasts were chosen before the runs were made. Draws profile.png.
+    when: a key of WHEN. Draws profile.png.
     """
     raw, objectives = raw_returns(runs, grid), grid.objectives
     scale, which = frozen_scale(grid.tasks), "the frozen scale, scale.csv"
@@ -218,34 +232,36 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, planned: bool) 
         theirs = normalised[:, i]
         draws = resampled[:, :, ours].mean((1, 2)) - resampled[:, :, i].mean((1, 2))
         better = scores.improvement(resampled[:1000, :, ours], resampled[:1000, :, i])
-        difference = mine.mean() - theirs.mean()
-        smallest = scores.detectable(mine, theirs, 0.05)
-        needed = math.inf
-        if difference != 0:
-            needed = max(2, math.ceil(len(grid.seeds) * (smallest / difference) ** 2))
         row = {
             "against": f"`{objectives[i]}`",
-            "difference [95%]": with_interval(difference, draws),
+            "difference [95%]": with_interval(mine.mean() - theirs.mean(), draws),
         }
         improvement = with_interval(scores.improvement(mine, theirs), better)
         row["probability of improvement [95%]"] = improvement
-        row |= {"p": f"{p:.4f}", "p, Holm": f"{corrected:.4f}"}
-        row["smallest difference seen"] = f"{smallest:.2f}"
-        row["seeds for this difference"] = f"{needed}" if needed <= 1000 else "over 1,000"
+        if when != "before":
+            row |= {"p": small(p), "p, Holm": small(corrected)}
+        levels = (0.05, 0.05 / len(others))
+        smallest = [scores.detectable(mine, theirs, level) for level in levels]
+        row["smallest difference seen"] = " / ".join(f"{x:.2f}" for x in smallest)
+        apart = PAPER["avg_normalized_score"].get(objectives[i], math.nan)
+        apart = abs(PAPER["avg_normalized_score"][PLANNED] - apart)
+        row["the paper's difference"] = row["seeds to see that"] = ""
+        if apart > 0:
+            needed = [max(2, math.ceil(len(grid.seeds) * (x / apart) ** 2)) for x in smallest]
+            row["the paper's difference"] = f"{apart:.2f}"
+            row["seeds to see that"] = " / ".join(f"{n:,}" for n in needed)
         rows.append(row)
     draw_profiles(folder / "profile.png", normalised, objectives)
-    when = "These contrasts were thought of after the runs: take them as description."
-    if planned:
-        when = "These contrasts were planned before the runs; all else here is description."
     return f"""## `{PLANNED}` against the others
 
 {markdown(rows)}
-On {which}. The p values are of a permutation test, stratified by task, and corrected by Holm.
-{when}
+On {which}, over {len(grid.tasks)} tasks x {len(grid.seeds)} seeds. {WHEN[when]}
 Probability of improvement: that a run of `{PLANNED}` beats one of the other on the same task.
-Smallest difference seen: with a power of 80% at a level of 5%, from the spread of these runs, \
-before any correction.
-Seeds for this difference: how many each objective would need, if the difference is what it seems.
+Smallest difference seen: with a power of 80%, from the spread of these runs; first for one test \
+at a level of 5%, then
+at 5% / {len(others)}, which the first of {len(others)} tests must pass after Holm's correction. \
+Seeds to see that: how many each objective would
+need to see a difference as large as the paper's, likewise.
 
 ![Performance profile](profile.png)
 
@@ -254,11 +270,23 @@ The share of runs, of all tasks, above a score.
 """
 
 
+TEST = "The p values are of a permutation test, stratified by task, and corrected by Holm."
+WHEN = {  # what a table of contrasts is
+    "planned": f"{TEST}\nThey were planned before the runs; all else here is description.",
+    "before": "The tests wait until all runs of the plan are in.",
+    "after": f"{TEST}\nThey were thought of after the runs: take them as description.",
+}
+
+
+def small(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
+
+
 def draw_profiles(path: Path, normalised: np.ndarray, objectives: list[str]) -> None:
     """A line per objective, those of a kind in a panel of their own."""
     kinds = [kind for kind in KINDS if any(o.startswith(kind) for o in objectives)]
     figure, axes = plot.sheet(len(kinds), len(kinds), (4, 2.9), sharey=True)
-    thresholds = np.linspace(-0.2, 1, 121)
+    thresholds = np.linspace(-0.2, max(1, normalised.max()), 121)
     shares = dict(zip(objectives, scores.profiles(normalised, thresholds), strict=True))
     for ax, kind in zip(axes, kinds, strict=True):
         mine = [o for o in objectives if o in ("none", PLANNED) or o.startswith(kind)]
@@ -269,6 +297,17 @@ def draw_profiles(path: Path, normalised: np.ndarray, objectives: list[str]) -> 
         ax.legend(frameon=False, fontsize="small")
     axes[0].set_ylabel("share of runs above it")
     figure.savefig(path, dpi=90)
+
+
+def climbs(curve: tuple) -> bool:
+    """Whether the return of a double pendulum is ever above 8,000, of some 9,350."""
+    return bool((curve[1] > 8000).any())
+
+
+def falls(curve: tuple) -> bool:
+    """Whether it climbs, and is below 1,200 afterwards."""
+    returns = curve[1]
+    return climbs(curve) and bool((returns[(returns > 8000).argmax() :] < 1200).any())
 
 
 def tell_time_limits(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
@@ -296,6 +335,24 @@ def tell_time_limits(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
             )
             groups |= plot.groups_of(points, "line", "episodic_return")
         panels.append((f"{task}, {objective}", groups, list(lines)))
+    (_, pendulums, _), (_, cheetahs, _) = panels
+    path = BOOTSTRAPPED / "random.csv"
+    untrained = grids.random_returns(path, ["HalfCheetah-v4"], "gaussian")[0]
+    counted = []
+    for what, groups, holds in (
+        (f"double pendulum, `{PLANNED}`: climbs above 8,000", pendulums, climbs),
+        ("and falls below 1,200 after it", pendulums, falls),
+        (
+            "HalfCheetah, `none`: ends below the untrained policy",
+            cheetahs,
+            lambda curve: curve[1][-1] < untrained,
+        ),
+    ):
+        row = {"runs": what}
+        for name in lines:
+            mine = [holds(curve) for curve in groups.get(name, [])]
+            row[name] = f"{sum(mine)} of {len(mine)}"
+        counted.append(row)
     draw(folder / "time-limits.png", panels, 2, "return (last 100)")
     return f"""## What a time limit is
 
@@ -305,6 +362,7 @@ this table, where a time
 limit ends an episode as a fall does. Right: the table with exact bootstrapping,
 [table1-bootstrapped](../table1-bootstrapped/summary.md).
 
+{markdown(counted)}
 ![Both treatments](time-limits.png)
 
 """
@@ -481,6 +539,24 @@ def draw_scores(path: Path, theirs: pd.Series, mean: tuple, middle: tuple) -> No
     figure.savefig(path, dpi=110)
 
 
+def without_gaps(runs: pd.DataFrame, grid: Grid) -> tuple[Grid | None, list[str]]:
+    """The part of a grid that can be scored, and the runs that are there but have no return.
+
+    All tasks, with the seeds that all of them have; or else the tasks that have all seeds. None
+    where there is neither, or a single objective: it would be compared with itself.
+    """
+    finite = np.isfinite(sweep.numbers(runs["last_100_return"]))
+    gaps = [" ".join(map(str, cell)) for cell in runs.index[~finite]]
+    there = set(runs.index[finite])
+    seeds = [s for s in grid.seeds if there >= set(grid._replace(seeds=[s]).cells)]
+    tasks = [task for task in grid.tasks if there >= set(grid._replace(tasks=[task]).cells)]
+    if len(grid.objectives) > 1 and seeds:
+        return grid._replace(seeds=seeds), gaps
+    if len(grid.objectives) > 1 and tasks:
+        return grid._replace(tasks=tasks), gaps
+    return None, gaps
+
+
 def report(folder: Path, asked: Grid, preset: str) -> None:
     """Write summary.md and the pictures from the CSVs.
 
@@ -494,11 +570,7 @@ def report(folder: Path, asked: Grid, preset: str) -> None:
     runs = runs.set_index(list(LAYOUT.key))
     both = [{*mine, *there} for mine, there in zip(asked, runs.index.levels, strict=True)]
     grid = make_grid(*both)
-    whole = []
-    for task in grid.tasks:
-        gapless = set(runs.index) >= set(Grid([task], *grid[1:]).cells)
-        if gapless and len(grid.objectives) > 1:  # or one would be compared with itself
-            whole.append(task)
+    scored, gaps = without_gaps(runs, grid)
 
     text = f"# {'Table 1' if preset == 'paper' else f'Table 1 with --preset {preset}'}"
     if preset == "paper" and (runs["bootstrap_truncated"] == "True").all():
@@ -508,9 +580,14 @@ def report(folder: Path, asked: Grid, preset: str) -> None:
     if len(runs) == len(grid.cells):
         text += f"All {len(runs)} runs are in: {shape}."
     else:
-        text += f"**PARTIAL: {len(runs)} of {len(grid.cells)} runs are in** ({shape}). "
-        only = f"The scores are over the tasks without a gap alone: {', '.join(whole)}."
-        text += only if whole else "No scores yet."
+        text += f"**PARTIAL: {len(runs)} of {len(grid.cells)} runs are in** ({shape})."
+    if scored is None:
+        text += " No scores yet."
+    elif scored != grid:
+        text += f" The scores are over what has no gap alone: {', '.join(scored.tasks)}; "
+        text += f"seeds {', '.join(map(str, scored.seeds))}."
+    if gaps:
+        text += f" A run without a finite return counts as missing: {', '.join(gaps)}."
     if preset == "paper":
         paper = Grid(TASKS, OBJECTIVES["paper"], [1, 2, 3]).cells
         here = len(runs.index.intersection(paper))
@@ -519,12 +596,14 @@ def report(folder: Path, asked: Grid, preset: str) -> None:
     text += "\n\n"
     for stale in ("scores.md", "scores.png", "profile.png", "time-limits.png"):
         (folder / stale).unlink(missing_ok=True)
-    planned = preset == "paper" and (runs["bootstrap_truncated"] == "False").all()
-    if whole:
-        text += tell_scores(folder, runs, Grid(whole, *grid[1:]))
-        if PLANNED in grid.objectives and len(grid.seeds) > 1:
-            text += tell_contrasts(folder, runs, Grid(whole, *grid[1:]), planned)
-    if planned:
+    as_planned = preset == "paper" and (runs["bootstrap_truncated"] == "False").all()
+    if scored is not None:
+        text += tell_scores(folder, runs, scored)
+        if PLANNED in grid.objectives and len(scored.seeds) > 1:
+            plan = make_grid(TASKS, OBJECTIVES["paper"], SEEDS["paper"])
+            when = "after" if not as_planned else "planned" if scored == plan else "before"
+            text += tell_contrasts(folder, runs, scored, when)
+    if as_planned:
         text += tell_time_limits(folder, runs, grid)
 
     curves = {}

@@ -547,7 +547,8 @@ def write_results(folder: Path, cells: dict[tuple[str, str, int], float]) -> Non
         made["command"] = figure3.call_of((task, name, seed), 1_000_000, "runs/figure3").command
         runs.append(made)
         for step in (1000, 1_000_000):
-            points.append(who | {"global_step": step, "episodic_return": x, "kl": 0.01})
+            point = {"global_step": step, "episodic_return": x, "kl": 0.01}
+            points.append(who | point | {"action_std": 1, "learning_rate": ""})
     sweep.write(folder / "runs.csv", pd.DataFrame(runs))
     sweep.write(folder / "curves.csv", pd.DataFrame(points))
 
@@ -594,16 +595,16 @@ def test_report_by_hand(tmp_path):
     assert "- `vpg`, seeds 1 2: Swimmer-v4\n- `cem`, seeds 2: Swimmer-v4\n" in text
     assert "- PPO, which benchmark/table1.py runs: Swimmer-v4\n" in text
     assert "Seeds of PPO: Hopper-v4 3." in text
-    assert "| `ppo` | 2,100 [2,000, 2,200]<br>paper 2,203 | paper 107 |" in text
-    assert "| `cem` | 508 [508, 509]<br>paper 508 | 50.8<br>paper 1.9 |" in text
+    assert "| `ppo` | 2,100 [2,000, 2,200], n = 3<br>paper 2,203 | paper 107 |" in text
+    assert "| `cem` | 508 [508, 509]<br>paper 508 | 50.8, n = 1<br>paper 1.9 |" in text
     first = "1 of 6 [1, 1]; first in 100% of the resamples"
-    second = "2 of 6 [2, 2]; first in 0% of the resamples"
+    second = "2 of 6 [2, 2]; first in 0% of the resamples; behind `trpo-learned`"
     assert f"| Hopper-v4 | 2 of 6 | {first} | {second} |" in text
     assert "| Swimmer-v4 | 2 of 6 | without ppo, vpg | without ppo, vpg |" in text
-    assert "| **PPO first** | 0 tasks | 1 of 1 tasks [1, 1] | 0 of 1 tasks [0, 0] |" in text
+    assert "| **PPO first** | 0 of 2 tasks | 1 of 1 tasks [1, 1] | 0 of 1 tasks [0, 0] |" in text
     # in units of 2323.9 - 508.2 on Hopper and of 121.5 - 1.9 on Swimmer
     assert "| `vpg` | Hopper-v4 | 1,000 [1,000, 1,000] | 2,324 | -73% |" in text
-    assert "| `cem` | Swimmer-v4 | 50.8 | 1.9 | +41% |" in text
+    assert "| `cem` | Swimmer-v4 | 50.8, n = 1 | 1.9 | +41% |" in text
     assert "| Hopper-v4 | 6 | 5 | 6 |" in text and "| Swimmer-v4 | 5 | 5 | 5 | 200,000 |" in text
     assert "changes the gradient in 1.50% of all states, at most in 2.00% of those" in text
     flags = "--env-id TASK --env-backend envpool --std frozen --seed S --total-timesteps 1000000"

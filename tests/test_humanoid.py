@@ -661,7 +661,7 @@ def test_the_report_of_what_is_there(here):
     every = {(name, seed): 1 for name, one in humanoid.SETTINGS.items() for seed in one.seeds}
     write_tables(results, every)
     humanoid.main(["--report"])
-    assert "Not run yet" not in (results / "summary.md").read_text()
+    assert "## Not run" not in (results / "summary.md").read_text()
 
 
 def test_the_film_is_of_the_best_and_the_worst_seed(here, monkeypatch):

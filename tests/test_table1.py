@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -130,8 +131,8 @@ def test_bootstrap_resamples_seeds_within_tasks():
     assert draws.shape == (10_000, 2, 2, 3) and np.array_equal(draws, scores.resample(raw))
     assert set(np.unique(draws[:, 0, 0])) == {0, 3, 6}
     assert set(np.unique(draws[:, 1, 0])) == {10, 40}
-    same_seed = draws[:, 0, 0] == 6  # objectives share the drawn seeds
-    assert np.array_equal(draws[:, 0, 1] == 4, same_seed)
+    both = np.corrcoef(draws[:, 0, 0].ravel(), draws[:, 0, 1].ravel())[0, 1]
+    assert abs(both) < 4 / np.sqrt(30_000)  # each objective draws seeds of its own
     # exactly: all 27 x 27 equally likely resamples of the first objective
     first = itertools.product((0, 3, 6), repeat=3)
     second = itertools.product((10, 10, 40), repeat=3)
@@ -166,7 +167,7 @@ def test_a_permutation_test_deals_runs_out_within_tasks():
         deals.append(abs(2 * sum(sums) - both.sum()))
     exact = np.mean(np.array(deals) >= max(deals) - 1e-9)
     assert exact == 2 / 36
-    assert scores.permutation_test(x, y) == pytest.approx(exact, abs=0.007)  # 3 deviations
+    assert scores.permutation_test(x, y) == pytest.approx(exact, abs=0.0022)  # 3 deviations
     assert scores.permutation_test(x, x) == 1
     assert scores.permutation_test(x, y) == scores.permutation_test(y, x)
 
@@ -271,6 +272,20 @@ def test_report_by_hand(tmp_path):
     assert "On the frozen scale" in text or "On the scale of this table" in text
     limits = next(line for line in text.splitlines() if line.startswith("| Hopper-v4 | `none` |"))
     assert limits.startswith("| Hopper-v4 | `none` | 150 (100 to 200), 2 | 416 (")
+    # the committed runs of the other table, which the page on the double pendulum tells of
+    assert "`clip:0.2`: climbs above 8,000 | 0 of 0 | 3 of 3 |" in text
+    assert "| and falls below 1,200 after it | 0 of 0 | 3 of 3 |" in text
+
+
+def test_a_fall_comes_after_a_climb():
+    steps = np.arange(4)
+    for returns, climbs, falls in (
+        ([100, 9000, 9000, 1300], True, False),
+        ([100, 9000, 1100, 9000], True, True),
+        ([100, 7000, 1100, 7000], False, False),
+    ):
+        curve = steps, np.array(returns)
+        assert (table1.climbs(curve), table1.falls(curve)) == (climbs, falls)
 
 
 def test_a_frozen_scale_outlives_the_runs_that_set_it(tmp_path, monkeypatch):
@@ -279,7 +294,11 @@ def test_a_frozen_scale_outlives_the_runs_that_set_it(tmp_path, monkeypatch):
     monkeypatch.setattr(table1, "SCALE", first / "scale.csv")
     assert table1.frozen_scale(["Hopper-v4"]) is None
     args = ["--report", "--tasks", "Hopper", "--objectives", "none", "clip:0.2", "--results"]
+    with pytest.raises(UserError, match="the scale is that of"):
+        table1.main([*args, str(tmp_path), "--seeds", "1", "--freeze-scale"])
     table1.main([*args, str(first), "--seeds", "1", "--freeze-scale"])
+    with pytest.raises(UserError, match="is frozen already"):
+        table1.main([*args, str(first), "--seeds", "1", "--freeze-scale"])
     assert table1.frozen_scale(["Hopper-v4"]) == (100, 500)
     assert table1.frozen_scale(["Hopper-v4", "Reacher-v4"]) is None
     cells = itertools.product(("none", "clip:0.2"), (1, 2))
@@ -288,6 +307,7 @@ def test_a_frozen_scale_outlives_the_runs_that_set_it(tmp_path, monkeypatch):
     table1.main([*args, str(later), "--seeds", "1", "2"])
     text = (later / "summary.md").read_text()
     assert "On the frozen scale" in text and "| `none` | 1.50 [" in text  # (900 - 300) / 400
+    assert re.search(r"^\| `clip:0.2` \| 0.82 \|.* 2.00 \|$", text, re.M)  # (900 - 100) / 400
 
 
 def test_report_of_a_part_says_so(tmp_path):
@@ -316,7 +336,7 @@ def test_report_of_a_part_says_so(tmp_path):
     text = (folder / "summary.md").read_text()
     assert (
         "**PARTIAL: 3 of 4 runs are in**" in text
-        and "over the tasks without a gap alone: Hopper-v4." in text
+        and "over what has no gap alone: Hopper-v4; seeds 1." in text
     )
     assert "averaged over 1 tasks x 1 seeds" in text and "| Swimmer-v4 | 0" not in text
     table1.main([*args, "none", "clip:0.2", "kl:1"])
@@ -330,6 +350,21 @@ def test_report_of_a_part_says_so(tmp_path):
     assert not (folder / "scores.md").exists() and not (folder / "scores.png").exists()
     table1.main(["--report", "--results", str(folder)])
     assert "**PARTIAL: 3 of 770 runs are in**" in (folder / "summary.md").read_text()
+
+
+def test_seeds_that_all_tasks_have_are_scored_and_a_run_without_a_return_is_a_gap(tmp_path):
+    tasks, objectives = ("Hopper-v4", "Swimmer-v4"), ("none", "clip:0.2")
+    cells = list(itertools.product(tasks, objectives, (1, 2, 3, 4)))
+    runs = [row(*cell, 10.0 * cell[2], bootstrap_truncated=False) for cell in cells[:-1]]
+    runs[2]["last_100_return"] = "nan"  # Hopper, none, seed 3
+    folder = write_folder(tmp_path / "t", runs, dict.fromkeys(tasks, (0, 0)))
+    args = ["--report", "--results", str(folder), "--tasks", *tasks, "--objectives", *objectives]
+    table1.main([*args, "--seeds", "1", "2", "3", "4"])
+    text = (folder / "summary.md").read_text()
+    assert "PARTIAL: 15 of 16" in text and "alone: Hopper-v4, Swimmer-v4; seeds 1, 2." in text
+    assert "without a finite return counts as missing: Hopper-v4 none 3." in text
+    assert "averaged over 2 tasks x 2 seeds" in text and "| `none` | -0.39 | 0.75 [" in text
+    assert "The tests wait until all runs of the plan are in." in text and "p, Holm" not in text
 
 
 def test_report_compares_all_eleven_with_the_paper(tmp_path):
@@ -491,7 +526,7 @@ def test_killed_at_a_random_moment_it_ends_with_the_same_files(whole, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
 
 
-def test_a_crowd_that_was_stopped_at_its_last_files_is_completed(whole, tmp_path):
+def test_a_crowd_that_was_stopped_at_its_last_files_is_completed(whole, tmp_path, monkeypatch):
     """Killed when only one of its agents had a summary."""
     shutil.copytree(whole / "runs", tmp_path / "runs")
     grid = Grid(TASKS[:1], ["none", "clip:0.2"], [1])
@@ -499,6 +534,10 @@ def test_a_crowd_that_was_stopped_at_its_last_files_is_completed(whole, tmp_path
     expected = sweep.collect(replace(call, root=str(whole)), LAYOUT)
     call = replace(call, root=str(tmp_path))
     (call.folders[1] / "summary.json").unlink()
+    monkeypatch.setattr(sweep, "git_commit", lambda: "later")
+    before, _ = sweep.commits_of(call.path), sweep.work(call, LAYOUT)
+    assert len(before) == 1
+    assert set(sweep.work(call, LAYOUT).runs["git_commit"]) == {f"{before[0]} and later"}
     for rows, others in zip(sweep.work(call, LAYOUT), expected, strict=True):
         timing = rows.columns.intersection(TIMING)
         pd.testing.assert_frame_equal(rows.drop(columns=timing), others.drop(columns=timing))
