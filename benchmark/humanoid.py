@@ -4,6 +4,7 @@
     python benchmark/humanoid.py --ablation defaults fixed-lr     # these instead, on a seed each
     python benchmark/humanoid.py --report                         # the report alone, from the CSVs
     python benchmark/humanoid.py --film                           # best and worst seed, as mp4
+    python benchmark/humanoid.py --speed                          # beside the simulator alone
 
 A run is a process of benchmark/humanoid_ppo.py, one on each core; the ablation `defaults` is one of
 ppo_continuous.py as it is. It takes hours. Runs live in runs/humanoid/. One that was interrupted
@@ -16,14 +17,18 @@ simulator too well shows here. Standing still pays 5 a step and so 5,000 an epis
 length stand beside every return.
 
 Results are benchmark/results/humanoid/: runs.csv, curves.csv and, made of these, summary.md and
-curves.png; --film adds best.mp4, worst.mp4, eight pictures of each in a row, and films.csv. Where
-there is no screen, MUJOCO_GL=egl before the command lets MuJoCo draw without one.
+curves.png; --film adds best.mp4, worst.mp4, eight pictures of each in a row, and films.csv, --speed
+adds speed.csv. Where there is no screen, MUJOCO_GL=egl before the command lets MuJoCo draw without
+one.
 """
 
 import json
 import math
+import os
 import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -37,7 +42,20 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo_continuous as ppo
-from benchmark import Parser, UserError, cli, markdown, number, plot, positive, scores, sweep
+from benchmark import (
+    Parser,
+    UserError,
+    cli,
+    git_commit,
+    humanoid_ppo,
+    machine,
+    markdown,
+    number,
+    plot,
+    positive,
+    scores,
+    sweep,
+)
 from benchmark.sweep import CORES, ROOT, numbers
 
 RUNS = Path("runs/humanoid")  # below ROOT, where the runs are started
@@ -239,6 +257,62 @@ def draw_strip(path: Path, picture: Path) -> None:
     image.imsave(picture, np.concatenate(frames, axis=1))
 
 
+# ----------------------------------------------------------------------------------------- SPEED
+ROUNDS = 3
+UPDATES = 6  # of the recipe, in each round; the first one, which compiles, does not count
+STEPS_ALONE = 400  # of each environment
+
+
+def time_recipe() -> float:
+    """Steps per second of the recipe's first updates."""
+    args = humanoid_ppo.Args(eval_episodes=1)
+    args.total_timesteps = UPDATES * args.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        args.run_dir = f"{folder}/run"
+        _, summary = humanoid_ppo.train(args)
+    return summary["sps"]
+
+
+def time_simulator() -> float:
+    """Steps per second of its environments alone, under noise as wide as its first policy."""
+    args = humanoid_ppo.Args()
+    envs = make_envs("envpool", args.num_envs)
+    envs.reset(seed=0)
+    space = envs.single_action_space
+    noise = np.random.default_rng(0).normal(size=(STEPS_ALONE, args.num_envs, *space.shape))
+    actions = (math.exp(args.log_std) * noise).clip(space.low, space.high)
+    start = time.perf_counter()
+    for action in actions:
+        envs.step(action)
+    speed = actions.shape[0] * actions.shape[1] / (time.perf_counter() - start)
+    envs.close()
+    return speed
+
+
+def compare_speed() -> None:
+    """Both in turns, on one core; speed.csv."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, CORES[:1])
+    known = {"started": time.strftime("%Y-%m-%dT%H:%M:%S"), "git_commit": git_commit()} | machine()
+    rows = [{"recipe": time_recipe(), "alone": time_simulator()} | known for _ in range(ROUNDS)]
+    sweep.write(RESULTS / "speed.csv", pd.DataFrame(rows))
+
+
+def tell_speed() -> str:
+    """From speed.csv; empty where there is none."""
+    if not (RESULTS / "speed.csv").exists():
+        return ""
+    rows = sweep.read(RESULTS / "speed.csv")
+    recipe, alone = numbers(rows["recipe"]), numbers(rows["alone"])
+    share = (recipe / alone).median()
+    return f"""At the start of training, on one core of {rows["cpu"][0]}: {recipe.median():,.0f} \
+steps/s, {share:.2f} of the {alone.median():,.0f} of
+EnvPool's humanoids alone (medians of {len(rows)} rounds, both in turns; {rows["started"][0]}, \
+git commit {rows["git_commit"][0]}).
+
+"""
+
+
 # ---------------------------------------------------------------------------------------- REPORT
 TITLES = {  # of the panels of the picture
     "episodic_return": "episodic return (last 100)",
@@ -351,7 +425,7 @@ def report() -> None:
 
     table = [summarise(name, mine) for name, mine in runs.groupby("run", sort=False)]
     elsewhere = pd.DataFrame(ELSEWHERE, columns=["elsewhere", "steps", "return", "how"])
-    text = f"# {ENV_ID}\n\n{markdown(table)}{NOTE}\n"
+    text = f"# {ENV_ID}\n\n{markdown(table)}{NOTE}\n{tell_speed()}"
     text += "![Return, episode length and speed over steps](curves.png)\n\n"
     if (RESULTS / "films.csv").exists():
         seeds = best_and_worst(runs)
@@ -374,9 +448,13 @@ def main(argv: list[str]) -> None:
     add("--total-timesteps", type=positive, default=STEPS, help="of each run")
     what = "run nothing, film the best and the worst seed, and write the report"
     add("--film", action="store_true", help=what)
+    what = "run nothing but some updates and the simulator alone, and write the report"
+    add("--speed", action="store_true", help=what)
     sweep.add_flags(parser, jobs=None)
     args = parser.parse_args(argv)
-    if args.film:
+    if args.speed:
+        compare_speed()
+    elif args.film:
         film(sweep.read(RESULTS / "runs.csv"))
     elif not args.report:
         planned = calls(args.ablation or ["recipe"], args.total_timesteps)

@@ -622,6 +622,28 @@ def test_runs_and_report(here, monkeypatch):
         humanoid.play_both(humanoid.AGENT, here / "runs/recipe/1", 1)
 
 
+def test_the_speed_beside_the_simulators(here, monkeypatch):
+    made = iter([100.0, 200.0, 10.0, 50.0, 400.0, 800.0])  # a ratio of 0.5, of 0.2, and of 0.5
+    monkeypatch.setattr(humanoid, "time_recipe", lambda: next(made))
+    monkeypatch.setattr(humanoid, "time_simulator", lambda: next(made))
+    bound = []
+    monkeypatch.setattr(humanoid.os, "sched_setaffinity", lambda *core: bound.append(core))
+    write_tables(here / "results", {("recipe", 1): 6000.0})
+    humanoid.main(["--speed"])
+    assert bound == [(0, sweep.CORES[:1])]
+    assert len(read_csv(here / "results/speed.csv")) == 3
+    text = (here / "results/summary.md").read_text()
+    assert ": 100 steps/s, 0.50 of the 200 of" in text
+
+
+def test_both_speeds_are_measured(monkeypatch):
+    args = humanoid_ppo.Args(num_envs=4, num_steps=16, compile=False)
+    monkeypatch.setattr(humanoid.humanoid_ppo, "Args", lambda **more: replace(args, **more))
+    monkeypatch.setattr(humanoid, "UPDATES", 2)
+    monkeypatch.setattr(humanoid, "STEPS_ALONE", 4)
+    assert humanoid.time_recipe() > 0 and humanoid.time_simulator() > 0
+
+
 def write_tables(folder: Path, done: dict[tuple[str, int], float]) -> None:
     """runs.csv and curves.csv in which the run of a name and seed has this return in Gymnasium."""
     rows, points = [], []
