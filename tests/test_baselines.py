@@ -523,6 +523,16 @@ def test_figure3_runs_what_is_missing_and_no_more(tmp_path, monkeypatch):
         assert int(row["updates"]) == len(rows(path / "metrics.csv"))
         assert " --env-backend envpool " in row["command"]
     assert [row["algorithm"] for row in runs if row["kl_median"] == ""] == ["cem"]
+    for name, algorithms in {
+        "accepted": "trpo",
+        "cg_residual": "trpo",
+        "projected": "a2c-tr",
+    }.items():
+        for row in runs:
+            assert (row[name] != "") == row["algorithm"].startswith(algorithms), (row, name)
+    points = sweep.read(folder / "curves.csv")
+    known = points.groupby("algorithm")["learning_rate"].apply(lambda cells: (cells != "").all())
+    assert {name for name, there in known.items() if there} == {"vpg", "a2c", "a2c-tr"}
     before = (folder / "runs.csv").read_bytes()
     figure3.complete(grid, folder, 160, None)  # nothing is missing, so no engine is asked
     assert (folder / "runs.csv").read_bytes() == before
@@ -531,6 +541,10 @@ def test_figure3_runs_what_is_missing_and_no_more(tmp_path, monkeypatch):
     more = figure3.plan(grid._replace(seeds=[2, 1]), sweep.Table(folder, figure3.LAYOUT), 160)
     assert [call.crowd[0].seed for call in more] == [2] * len(grid.algorithms)
     assert [call.crowd[0].name for call in more] == grid.algorithms
+    moved = sweep.read(folder / "runs.csv")  # the same runs, with run folders elsewhere
+    moved["command"] = moved["command"].str.replace("--run-dir ", "--run-dir elsewhere/")
+    sweep.write(folder / "runs.csv", moved)
+    figure3.complete(grid, folder, 160, None)
     figure3.report(folder, tmp_path, grid)  # a curve of one point, and no PPO
     assert "All 7 runs are in" in (folder / "summary.md").read_text()
 

@@ -367,12 +367,15 @@ def test_seeds_that_all_tasks_have_are_scored_and_a_run_without_a_return_is_a_ga
     assert "The tests wait until all runs of the plan are in." in text and "p, Holm" not in text
 
 
-def test_report_compares_all_eleven_with_the_paper(tmp_path):
+def test_report_compares_all_eleven_with_the_paper(tmp_path, monkeypatch):
     """Returns that are the paper's own scores must correlate with it perfectly."""
     theirs = grids.PAPER["avg_normalized_score"]
     cells = itertools.product(grids.TASKS, theirs.index, (1, 2, 3))
-    runs = [row(task, o, seed, 1000 * theirs[o]) for task, o, seed in cells]
+    runs = [
+        row(task, o, seed, 1000 * theirs[o], bootstrap_truncated=False) for task, o, seed in cells
+    ]
     folder = write_folder(tmp_path / "t", runs, dict.fromkeys(grids.TASKS, (0, 0)))
+    monkeypatch.setitem(table1.SEEDS, "paper", range(1, 4))  # these are all runs of the plan
     start = time.process_time()  # whatever runs beside this
     table1.main(["--report", "--results", str(folder), "--seeds", "1", "2", "3"])
     assert time.process_time() - start < 60
@@ -380,6 +383,11 @@ def test_report_compares_all_eleven_with_the_paper(tmp_path):
     assert "All 231 runs are in" in text and "7 tasks x 3 seeds" in text
     correlation = " | 1.00 [1.00, 1.00]" * 4
     assert f"| Spearman correlation with the paper [95%] | {correlation} |" in text
+    assert "planned before the runs" in text and "| p | p, Holm |" in text
+    # no spread: a difference of any size would be seen, with as few seeds as there can be
+    assert re.search(
+        r"^\| `none` \| 1\.48 \[.* < 0.0001 .* 0.00 / 0.00 \| 1.21 \| 2 / 2 \|$", text, re.M
+    )
     assert (folder / "beta.png").exists()
 
 
