@@ -6,6 +6,7 @@ The scores by hand; small grids, killed, continued, on a Ray cluster.
 import contextlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -353,7 +354,7 @@ def test_report_of_a_part_says_so(tmp_path):
 
 
 def test_seeds_that_all_tasks_have_are_scored_and_a_run_without_a_return_is_a_gap(tmp_path):
-    tasks, objectives = ("Hopper-v4", "Swimmer-v4"), ("none", "clip:0.2")
+    tasks, objectives = ("Hopper-v4", "Swimmer-v4"), ("none", "clip:0.2", "kl:1")
     cells = list(itertools.product(tasks, objectives, (1, 2, 3, 4)))
     runs = [row(*cell, 10.0 * cell[2], bootstrap_truncated=False) for cell in cells[:-1]]
     runs[2]["last_100_return"] = "nan"  # Hopper, none, seed 3
@@ -361,10 +362,15 @@ def test_seeds_that_all_tasks_have_are_scored_and_a_run_without_a_return_is_a_ga
     args = ["--report", "--results", str(folder), "--tasks", *tasks, "--objectives", *objectives]
     table1.main([*args, "--seeds", "1", "2", "3", "4"])
     text = (folder / "summary.md").read_text()
-    assert "PARTIAL: 15 of 16" in text and "alone: Hopper-v4, Swimmer-v4; seeds 1, 2." in text
+    assert "PARTIAL: 23 of 24" in text and "alone: Hopper-v4, Swimmer-v4; seeds 1, 2." in text
     assert "without a finite return counts as missing: Hopper-v4 none 3." in text
     assert "averaged over 2 tasks x 2 seeds" in text and "| `none` | -0.39 | 0.75 [" in text
     assert "The tests wait until all runs of the plan are in." in text and "p, Holm" not in text
+    # scores 0.5 and 1 everywhere: the difference of two means deviates by sqrt(4 * 0.125 / 2 / 4)
+    seen = " / ".join(f"{0.25 * (z + 0.8416):.2f}" for z in (1.9600, 2.2414))  # at 5%, and 5% / 2
+    gap = 0.82 - 0.71  # of the paper's scores
+    seeds = " / ".join(f"{math.ceil(2 * (0.25 * (z + 0.8416) / gap) ** 2)}" for z in (1.96, 2.2414))
+    assert f"| {seen} | 0.11 | {seeds} |" in text
 
 
 def test_report_compares_all_eleven_with_the_paper(tmp_path, monkeypatch):
