@@ -182,7 +182,10 @@ RERUN = {  # folder of results -> what it holds, the command for all of it
     ),
     "defaults": ("[defaults on MuJoCo](#defaults)", "defaults.py --results mine/defaults"),
     "figure3": ("[Figure 3](#figure3)", "figure3.py --results mine/figure3"),
-    "humanoid": ("[Humanoid](#humanoid)", "humanoid.py"),
+    "humanoid": (
+        "[Humanoid](#humanoid)",
+        "humanoid.py` and `--ablation defaults fixed-lr sigma-1",
+    ),
     "recurrent": ("[a policy with memory](#recurrent)", "recurrent.py"),
     "collapse/HalfCheetah-v4": (
         "[HalfCheetah's collapse](../docs/halfcheetah.md)",
