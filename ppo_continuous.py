@@ -97,7 +97,7 @@ class Args:
 
     gamma: float = 0.99  # discount factor (eq. 10)
     gae_lambda: float = 0.95  # lambda of GAE (eq. 11)
-    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # advantages (paper: batch)
+    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # standardise over (paper: batch)
     bootstrap_truncated: bool = True  # a time limit is no end: go on with V (paper: no)
 
     update_epochs: int = 10  # passes over the batch per update (K)

@@ -550,11 +550,9 @@ def without_gaps(runs: pd.DataFrame, grid: Grid) -> tuple[Grid | None, list[str]
     there = set(runs.index[finite])
     seeds = [s for s in grid.seeds if there >= set(grid._replace(seeds=[s]).cells)]
     tasks = [task for task in grid.tasks if there >= set(grid._replace(tasks=[task]).cells)]
-    if len(grid.objectives) > 1 and seeds:
-        return grid._replace(seeds=seeds), gaps
-    if len(grid.objectives) > 1 and tasks:
-        return grid._replace(tasks=tasks), gaps
-    return None, gaps
+    if len(grid.objectives) == 1 or not (seeds or tasks):
+        return None, gaps
+    return grid._replace(seeds=seeds) if seeds else grid._replace(tasks=tasks), gaps
 
 
 def report(folder: Path, asked: Grid, preset: str) -> None:
