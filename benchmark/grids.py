@@ -10,6 +10,7 @@ script and the crowd with words of their text replaced, for what no flag can cha
 import datetime
 import itertools
 import json
+import math
 import re
 import sys
 import warnings
@@ -34,7 +35,7 @@ TASKS = [f"{name}-v4" for name in NAMES.split()]  # the nearest there is to the 
 PAPER = pd.read_csv(ROOT / "benchmark/paper/table1.csv", index_col="objective")  # its Table 1
 OBJECTIVES = list(PAPER.index)
 ORDER = {"env_id": TASKS, "objective": OBJECTIVES}  # the paper's, and what it has not after it
-TOGETHER = 3  # seeds of an objective in one process; more would take over an hour
+TOGETHER = 44  # agents in one process; more would take over an hour
 EPISODES = 100  # of each untrained policy
 POLICIES = ["uniform", "gaussian"]
 
@@ -107,18 +108,21 @@ def common_flags(preset: str, total_timesteps: int, more: list[str]) -> list[str
 def plan(grid: Grid, done: set, settings: list[str], runs: str) -> list[Call]:
     """The calls for all cells of the grid that are not `done`, those of the first seeds first.
 
-    Per task one for each set of missing seeds, of at most TOGETHER. The same missing cells give the
-    same call, with the same folder. Raises UserError for flags that make no sense.
+    Per task and set of missing seeds as many calls as it takes for at most TOGETHER agents in each.
+    The same missing cells give the same call, with the same folder. Raises UserError for flags that
+    make no sense.
     """
     calls = []
     for task in grid.tasks:
         groups = {}  # missing seeds -> objectives
         for objective in grid.objectives:
             missing = tuple(seed for seed in grid.seeds if (task, objective, seed) not in done)
-            groups.setdefault(missing, []).append(objective)
+            if missing:
+                groups.setdefault(missing, []).append(objective)
         for missing, mine in groups.items():
-            for start in range(0, len(missing), TOGETHER):
-                seeds = [str(seed) for seed in missing[start : start + TOGETHER]]
+            count = math.ceil(len(missing) * len(mine) / TOGETHER)
+            for part in np.array_split(missing, count):
+                seeds = [str(seed) for seed in part]
                 named = f"{task}__{'-'.join(seeds)}__{'_'.join(mine).replace(':', '-')}"
                 flags = [*environment(task), "--objectives", *mine, "--seeds", *seeds, *settings]
                 calls.append(Call("benchmark.lockstep", (*flags, "--run-dir", f"{runs}/{named}")))

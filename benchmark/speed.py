@@ -139,6 +139,7 @@ def common(args) -> dict:
         "ent_coef": args.ent_coef,
         "vf_coef": args.vf_coef,
         "max_grad_norm": args.max_grad_norm,
+        "normalize_advantage": args.norm_adv != "none",
         "learning_rate": lambda left: args.learning_rate * left,
     }
 

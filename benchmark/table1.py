@@ -8,10 +8,10 @@
     python benchmark/table1.py -- --device cuda   # what follows -- goes to lockstep.py as it is
 
 The unit is the cell: one task, objective and seed, a row of runs.csv. Cells of a task that are
-missing there are trained side by side by one process of benchmark/lockstep.py, at most three seeds
-of each objective; its run folder is under runs/. There is one such process on each core. Whatever
-stops this command, even a power cut, the same command goes on from the last checkpoint and ends
-with the same numbers.
+missing there are trained side by side by one process of benchmark/lockstep.py, at most 44 agents at
+a time; its run folder is under runs/. There is one such process on each core. Whatever stops this
+command, even a power cut, the same command goes on from the last checkpoint and ends with the same
+numbers.
 
 In the preset `paper` a time limit is an end. 231 runs with exact bootstrapping instead, made when
 `--preset paper` still meant that, are a table of their own:
@@ -54,7 +54,7 @@ OBJECTIVES = {
     "paper": grids.OBJECTIVES,
     "modern": ["none", "clip:0.2", "kl:1", "adaptive:0.01"],
 }
-SEEDS = {"paper": range(1, 11), "modern": range(1, 4)}
+SEEDS = {"paper": range(1, 11), "modern": range(1, 6)}
 READINGS = {  # of "random policy" and "best result", which the paper leaves open; headline first
     "Gaussian, best run": ("gaussian", "run"),
     "Gaussian, best objective": ("gaussian", "objective"),
@@ -661,7 +661,7 @@ def main(argv: list[str]) -> None:
     what = "default: the paper's 11; of --preset modern four of them"
     add("--objectives", nargs="+", help=what)
     what = "runs of every task and objective"
-    add("--seeds", nargs="+", type=int, help=f"{what}; default: 1 to 10, of --preset modern 1 to 3")
+    add("--seeds", nargs="+", type=int, help=f"{what}; default: 1 to 10, of --preset modern 1 to 5")
     add("--preset", choices=OBJECTIVES, default="paper", help="of ppo_continuous.py")
     add("--total-timesteps", type=positive, default=1_000_000, help="of every run")
     what = "folder; default: benchmark/results/table1 or table1-modern"

@@ -253,8 +253,9 @@ def test_a_time_limit_is_bootstrapped_or_an_end(backend, bootstrap, tmp_path, mo
 
     monkeypatch.setattr(ppo, "gae", watched_gae)
     monkeypatch.setattr(ppo, "update", watched_update)
-    flags = {"num_steps": 1024, "total_timesteps": 1024, "update_epochs": 1, "norm_adv": "none"}
-    flags |= {"scale_rewards": False, "env_backend": backend, "bootstrap_truncated": bootstrap}
+    flags = {"num_steps": 1024, "total_timesteps": 1024, "update_epochs": 1, "gamma": 0.99}
+    flags |= {"norm_adv": "none", "scale_rewards": False, "bootstrap_truncated": bootstrap}
+    flags["env_backend"] = backend
     ppo.train(Args(**SMALL | flags, run_dir=str(tmp_path / "run")))
     rewards, values, terminated, truncated, *_ = seen["recorded"]
     batch = seen["batch"]

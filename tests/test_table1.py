@@ -426,10 +426,10 @@ def test_only_missing_cells_are_planned():
     assert all(args.scale_rewards and args.anneal_lr for args in crowd)  # modern
     assert calls == grids.plan(grid, done, ["--preset", "modern"], "runs/x")
     assert grids.plan(grid, set(grid.cells), [], "runs/x") == []
-    ten = Grid(grid.tasks, ["none"], list(range(1, 11)))
-    calls = grids.plan(ten, set(), [], "runs/x")
-    assert [len(call.crowd) for call in calls] == [3, 3, 3, 3, 3, 3, 1, 1]
-    assert [call.crowd[0].env_id for call in calls] == grid.tasks * 4  # three seeds of each first
+    ten = Grid(grid.tasks, table1.OBJECTIVES["paper"], list(range(1, 11)))
+    calls = grids.plan(ten, set(), [], "runs/x")  # 110 agents of each task, in three calls
+    assert [len(call.crowd) for call in calls] == [44, 44, 33, 33, 33, 33]
+    assert [call.crowd[0].env_id for call in calls] == grid.tasks * 3  # the first seeds first
 
 
 def test_rows_say_what_the_run_folder_says(whole):
