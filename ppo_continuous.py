@@ -95,9 +95,9 @@ class Args:
     scale_rewards: bool = True  # divide by the deviation of the return, clip to +-10 (paper: no)
     log_std: float = -1.0  # where the Gaussian's log standard deviation starts (paper: 0)
 
-    gamma: float = 0.995  # discount factor (eq. 10; paper: 0.99)
+    gamma: float = 0.99  # discount factor (eq. 10)
     gae_lambda: float = 0.95  # lambda of GAE (eq. 11)
-    norm_adv: Literal["batch", "minibatch", "none"] = "none"  # standardise over (paper: batch)
+    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # standardise over (paper: batch)
     bootstrap_truncated: bool = True  # a time limit is no end: go on with V (paper: no)
 
     update_epochs: int = 10  # passes over the batch per update (K)
@@ -137,7 +137,6 @@ PAPER = {
     "clip_actions": False,
     "scale_rewards": False,
     "log_std": 0.0,
-    "gamma": 0.99,
     "norm_adv": "batch",
     "bootstrap_truncated": False,
     "anneal_lr": False,

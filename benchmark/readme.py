@@ -35,7 +35,7 @@ DETAILS = {  # the thirteen core details of Huang et al. (2022), and where each 
         "eqs. 11-12; Schulman et al. 2016",
     ),
     6: ("Minibatches of shuffled transitions, every one once per epoch", "Algorithm 1"),
-    7: ("Advantages standardised in each minibatch (ppo_continuous.py: off)", "baselines ppo2"),
+    7: ("Advantages standardised, by default within each minibatch", "baselines ppo2"),
     8: ("Clipped surrogate objective", "eq. 7"),
     9: ("Clipped value loss (off by default)", "baselines ppo1, ppo2"),
     10: ("One loss: policy, value, entropy", "eq. 9"),

@@ -113,3 +113,19 @@ def test_the_report_says_what_the_runs_say_twice_the_same(tmp_path):
         "worse",
     ]
     assert "our mean is higher on 4; ours are better on 3, equal within intervals on 1" in verdicts
+
+
+def test_the_candidate_stands_beside_the_defaults_with_the_same_seeds(tmp_path):
+    moved = {"HalfCheetah-v4": 2000, "Hopper-v4": -2000}
+    tables(tmp_path, lambda task, name, seed: 4900 + seed)
+    tables(tmp_path / "other", lambda task, name, seed: 4900 + seed + moved.get(task, 0))
+    (tmp_path / "other/final").rename(tmp_path / "candidate")
+    defaults.report(tmp_path)
+    summary = (tmp_path / "summary.md").read_text()
+    told = summary[summary.index("## What the search puts first") :]
+    assert "Of the 7 tasks it is better on 1, neither on 5, worse on 1." in told
+    hopper = cells(told, "Hopper-v4")  # 5,001 to 5,010
+    assert hopper[1].startswith("5,006") and hopper[2].startswith("5,001, 5,002, 5,003")
+    assert hopper[3].startswith("3,006") and hopper[4].endswith("3,009, 3,010")
+    assert hopper[5] == "worse" and cells(told, "HalfCheetah-v4")[5] == "better"
+    assert cells(told, "Reacher-v4")[5:] == ["neither", "1"]
