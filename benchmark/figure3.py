@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import Parser, UserError, cli, grids, markdown, number, plot, positive, scores, sweep
@@ -33,26 +34,28 @@ from benchmark.sweep import PACKAGES, ROOT, Call, Layout
 class Algorithm(NamedTuple):
     trainer: str  # a file of benchmark/baselines/
     flags: str
-    paper: str  # as figure3_final.csv calls it
+    theirs: str  # what it is held against: a column of published()
     curve: str  # as figure3_mujoco_curves.json calls it
     title: str
 
 
+BASELINES = "TRPO, baselines 2018"  # with sigma learned, which in the paper it probably was not
 PPO = Algorithm("", "", "PPO (clip)", "PPO(Clip)", "PPO (clip)")
 ALGORITHMS = {
     "trpo-frozen": Algorithm("trpo", "--std frozen", "TRPO", "TRPO", "TRPO"),
-    "trpo-learned": Algorithm("trpo", "--std learned", "TRPO", "TRPO", "TRPO"),
-    "trpo-learned-32": Algorithm("trpo", "--std learned --hidden 32", "TRPO", "TRPO", "TRPO"),
+    "trpo-learned": Algorithm("trpo", "--std learned", BASELINES, "TRPO", "TRPO"),
+    "trpo-learned-32": Algorithm("trpo", "--std learned --hidden 32", BASELINES, "TRPO", "TRPO"),
     "vpg": Algorithm("vpg", "", "Vanilla PG adaptive", "VPG-adapt", "Vanilla PG, adaptive"),
     "a2c": Algorithm("a2c", "", "A2C", "A2C", "A2C"),
     "a2c-tr": Algorithm("a2c", "--trust-region", "A2C + TR", "A2C+TR", "A2C + trust region"),
     "cem": Algorithm("cem", "", "CEM", "CEM", "CEM"),
 }
 WITH_PPO = {"ppo": PPO} | ALGORITHMS
+PAPER = list(dict.fromkeys(a.theirs for a in WITH_PPO.values() if a.theirs != BASELINES))
 OTHERS = ["vpg", "a2c", "a2c-tr", "cem"]
 LINE_UPS = {"frozen": ["ppo", "trpo-frozen", *OTHERS], "learned": ["ppo", "trpo-learned", *OTHERS]}
-DRAWS = 10_000  # of the bootstrap
-
+DRAWS = 10_000  # of the mean of an algorithm
+OTHERS_1M = ROOT / "benchmark/paper/others_1m.csv"
 
 MEANS = ("accepted", "backtracks", "cg_residual", "projected")  # over a run; see trpo.py, a2c.py
 
@@ -166,20 +169,28 @@ def returns_of(runs: pd.DataFrame) -> dict[tuple[str, str], np.ndarray]:
     }
 
 
-def paper_ends() -> pd.Series:
-    """The ends of the paper's curves, by task (-v4) and the paper's name of the algorithm."""
+def published() -> pd.DataFrame:
+    """The ends of the paper's curves: a row per task (-v4), a column per algorithm.
+
+    After the paper's there are the columns of others_1m.csv, "TRPO, baselines 2018" and so on.
+    """
     ends = pd.read_csv(ROOT / "benchmark/paper/figure3_final.csv")
     ends["task"] += "-v4"
-    return ends.set_index(["task", "algorithm"])["final"]
+    others = pd.read_csv(OTHERS_1M)
+    others["name"] = others["algorithm"] + ", " + others["source"]
+    theirs = others.pivot(index="env_id", columns="name", values="mean")
+    return ends.pivot(index="task", columns="algorithm", values="final").join(theirs)
 
 
 def with_interval(x: np.ndarray, seeds: int) -> str:
-    """The mean of the runs, with its bootstrap 95% interval where there are several.
+    """The mean of the runs, where there are several with its 95% interval by Student's t.
 
     And how many, where those are not so many `seeds`.
     """
-    mean, low, high = scores.mean_interval(x)
-    text = number(mean) + f" [{number(low)}, {number(high)}]" * (len(x) > 1)
+    text = number(x.mean())
+    if len(x) > 1:
+        half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
+        text += f" [{number(x.mean() - half)}, {number(x.mean() + half)}]"
     return text + f", n = {len(x)}" * (len(x) != seeds)
 
 
@@ -188,18 +199,18 @@ def rank_of_first(means: np.ndarray) -> np.ndarray:
     return 1 + (means[1:] > means[0]).sum(0)
 
 
-def resampled_means(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """x [S seeds] -> the means of DRAWS resamples of the seeds, [DRAWS]"""
-    return x[rng.integers(len(x), size=(DRAWS, len(x)))].mean(1)
+def likely_means(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """x [S >= 2 seeds] -> means that these runs leave likely, by Student's t: [DRAWS]"""
+    return x.mean() + stats.sem(x) * rng.standard_t(len(x) - 1, size=DRAWS)
 
 
 def ranks_of_ppo(returns: list[np.ndarray], rng: np.random.Generator) -> tuple[int, np.ndarray]:
-    """The returns of several algorithms on a task, PPO's first -> PPO's rank, and in each resample.
+    """The returns of several algorithms on a task, PPO's first -> PPO's rank, and in each draw.
 
-    The seeds of every algorithm are drawn on their own. A tie counts for PPO.
+    Every algorithm has two seeds or more, and its mean is drawn on its own. A tie counts for PPO.
     """
     means = np.array([x.mean() for x in returns])
-    draws = np.array([resampled_means(x, rng) for x in returns])
+    draws = np.array([likely_means(x, rng) for x in returns])
     return int(rank_of_first(means)), rank_of_first(draws)
 
 
@@ -235,23 +246,23 @@ def tell_missing(runs: pd.DataFrame, grid: Grid, seeds_of_ppo: dict[str, int]) -
     return text + f"\nSeeds of PPO: {counts or 'none'}.\n\n"
 
 
-def tell_returns(returns: dict, grid: Grid, ends: pd.Series) -> str:
+def tell_returns(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
     table = []
     for name in ("ppo", *grid.algorithms):
-        row = {"algorithm": f"`{name}`"}
+        row, theirs = {"algorithm": f"`{name}`"}, WITH_PPO[name].theirs
         for task in grid.tasks:
             cell = []
             if (task, name) in returns:
                 cell.append(with_interval(returns[task, name], len(grid.seeds)))
-            if (task, WITH_PPO[name].paper) in ends:
-                cell.append(f"paper {number(ends[task, WITH_PPO[name].paper])}")
+            if task in ends.index and theirs in PAPER:
+                cell.append(f"paper {number(ends.loc[task, theirs])}")
             row[task] = "<br>".join(cell)
         table.append(row)
     return f"""## Returns
 
-The return of the last 100 episodes, the mean over {len(grid.seeds)} seeds and its bootstrap 95% \
-interval; below it the end of the paper's
-curve (-v1). From so few seeds the intervals come out too narrow rather than too wide.
+The return of the last 100 episodes, the mean over {len(grid.seeds)} seeds and its 95% interval \
+by Student's t; below it the end of the
+paper's curve (-v1).
 
 {markdown(table)}
 ![Learning curves](curves.png)
@@ -263,29 +274,31 @@ Means over seeds with bootstrap 95% intervals. Beside the paper's curves, dashed
 """
 
 
-def tell_ranks(returns: dict, grid: Grid, ends: pd.Series) -> str:
-    """PPO's rank on each task, beside TRPO with sigma frozen and beside TRPO with sigma learned."""
-    theirs = ["PPO (clip)", *dict.fromkeys(a.paper for a in ALGORITHMS.values())]
+def tell_ranks(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
+    """PPO's rank on each task, beside TRPO with sigma frozen and beside TRPO with sigma learned.
+
+    Only where each algorithm has two runs or more: one alone does not say how sure its mean is.
+    """
     table, first_in_paper, told_by_paper = [], 0, 0
     rng = np.random.default_rng(0)
     firsts = {name: [] for name in LINE_UPS}  # per task: whether PPO is first, and in each draw
     for task in grid.tasks:
         row = {"task": task, "the paper": ""}
-        if task in ends:
-            rank = rank_of_first(ends[task][theirs].to_numpy())
+        if task in ends.index:
+            rank = rank_of_first(ends.loc[task, PAPER].to_numpy())
             first_in_paper += rank == 1
             told_by_paper += 1
-            row["the paper"] = f"{rank} of {len(theirs)}"
+            row["the paper"] = f"{rank} of {len(PAPER)}"
         for name, line_up in LINE_UPS.items():
             column = f"TRPO's sigma {name}"
-            missing = [other for other in line_up if (task, other) not in returns]
-            row[column] = f"without {', '.join(missing)}"
+            missing = [other for other in line_up if len(returns.get((task, other), ())) < 2]
+            row[column] = f"too few runs: {', '.join(missing)}"
             if not missing:
                 rank, draws = ranks_of_ppo([returns[task, other] for other in line_up], rng)
                 firsts[name].append((rank == 1, draws == 1))
                 low, high = scores.interval(draws).round().astype(int)
                 row[column] = f"{rank} of {len(line_up)} [{low}, {high}]; "
-                row[column] += f"first in {(draws == 1).mean():.0%} of the resamples"
+                row[column] += f"first in {(draws == 1).mean():.0%} of the draws"
                 ahead = [
                     f"`{other}`"
                     for other in line_up[1:]
@@ -303,30 +316,31 @@ def tell_ranks(returns: dict, grid: Grid, ends: pd.Series) -> str:
             last[f"TRPO's sigma {name}"] = text
     return f"""## Where PPO stands
 
-PPO's rank by the mean return of the last 100 episodes, 1 for the highest, and its bootstrap 95% \
-interval; a tie counts
-for PPO. The other algorithms are vanilla policy gradient, A2C, A2C with a trust region and CEM. \
-From so few seeds the
-resamples are surer than they should be.
+PPO's rank by the mean return of the last 100 episodes, 1 for the highest; a tie counts for PPO. \
+The other algorithms are
+vanilla policy gradient, A2C, A2C with a trust region and CEM. The 95% intervals are of draws of \
+all means, by Student's t.
 
 {markdown([*table, last])}
 """
 
 
-def tell_disagreements(returns: dict, grid: Grid, ends: pd.Series) -> str:
-    """Where each algorithm ends farthest from the paper's curve."""
+def tell_disagreements(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
+    """Where each algorithm ends farthest from the paper's curve, or from another's figure."""
     table = []
     for name in ("ppo", *grid.algorithms):
-        far = {}  # task -> how far, in units of what lies between the paper's best and worst
+        far, theirs = {}, WITH_PPO[name].theirs
         for task in grid.tasks:
-            if (task, name) in returns and task in ends:
-                apart = returns[task, name].mean() - ends[task, WITH_PPO[name].paper]
-                far[task] = apart / (ends[task].max() - ends[task].min())
+            if (task, name) in returns and task in ends.index:
+                best, worst = ends.loc[task, PAPER].max(), ends.loc[task, PAPER].min()
+                apart = returns[task, name].mean() - ends.loc[task, theirs]
+                far[task] = apart / (best - worst)
         if far:
             task = max(far, key=lambda task: abs(far[task]))
             row = {"algorithm": f"`{name}`", "task": task}
             row["ours"] = with_interval(returns[task, name], len(grid.seeds))
-            row["the paper"] = number(ends[task, WITH_PPO[name].paper])
+            row["theirs"] = number(ends.loc[task, theirs])
+            row["held against"] = f"the paper, {theirs}" if theirs in PAPER else theirs
             table.append(row | {"apart": f"{far[task]:+.0%}"})
     if not table:
         return ""
@@ -334,9 +348,48 @@ def tell_disagreements(returns: dict, grid: Grid, ends: pd.Series) -> str:
 
 In percent of the distance between the paper's best and worst algorithm on that task. The paper's \
 TRPO is one curve. Its
-sigma was probably frozen, so `trpo-learned` has reason to differ.
+sigma was probably frozen, so TRPO with a learned sigma is held against OpenAI's later code.
 
 {markdown(table)}
+"""
+
+
+def tell_others(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
+    """TRPO and A2C beside the paper's ends and beside other code; which sigma gives the paper's."""
+    tasks = [task for task in grid.tasks if task in ends.index]
+    text, nearer = "", {}  # task -> the sigma whose mean is nearer to the paper's end
+    for task in tasks:
+        two = {way: returns.get((task, f"trpo-{way}")) for way in LINE_UPS}
+        if all(x is not None for x in two.values()):
+            apart = {way: abs(x.mean() - ends.loc[task, "TRPO"]) for way, x in two.items()}
+            nearer[task] = min(apart, key=apart.get)
+    for family in ("TRPO", "A2C"):
+        rows = []
+        for name in grid.algorithms:
+            mine = {task: returns[task, name] for task in tasks if (task, name) in returns}
+            if name.startswith(family.lower()) and mine:
+                means = {task: number(x.mean()) for task, x in mine.items()}
+                rows.append({"algorithm": f"`{name}`"} | dict.fromkeys(tasks, "") | means)
+        if rows:
+            for column in [name for name in ends if name.startswith(family)]:
+                who = f"{column}, the paper" if column in PAPER else column
+                theirs = {task: number(ends.loc[task, column]) for task in tasks}
+                rows.append({"algorithm": who} | theirs)
+            text += markdown(rows) + "\n"
+    if not text:
+        return ""
+    if nearer:
+        frozen = [task for task, way in nearer.items() if way == "frozen"]
+        text += f"With sigma frozen, TRPO ends nearer to the paper's curve on {len(frozen)} of "
+        text += f"{len(nearer)} tasks: {', '.join(frozen) or 'none'}.\n\n"
+    sources = ""
+    for row in pd.read_csv(OTHERS_1M).drop_duplicates(["algorithm", "source"]).itertuples():
+        sources += f"- {row.algorithm}, {row.source}: {row.seeds} seeds; {row.how}; {row.url}\n"
+    return f"""## TRPO and A2C beside other code
+
+Means of the last 100 episodes.
+
+{text}{sources}
 """
 
 
@@ -457,7 +510,7 @@ def report(folder: Path, ppo_folder: Path, grid: Grid) -> None:
         raise UserError(f"{folder / 'runs.csv'} has no run yet; run figure3.py without --report")
     ppo = read_ppo(ppo_folder)
     returns = returns_of(pd.concat([ppo.runs, runs], ignore_index=True))
-    ends = paper_ends()
+    ends = published()
     text = "# Figure 3\n\n"
     text += tell_missing(runs, grid, ppo.runs.groupby("env_id").size().to_dict())
     text += (
@@ -466,6 +519,7 @@ def report(folder: Path, ppo_folder: Path, grid: Grid) -> None:
     text += tell_returns(returns, grid, ends)
     text += tell_ranks(returns, grid, ends)
     text += tell_disagreements(returns, grid, ends)
+    text += tell_others(returns, grid, ends)
     text += tell_generations(runs, grid)
     text += tell_updates(runs, grid)
     text += tell_origin(runs)

@@ -5,8 +5,8 @@
     python benchmark/speed.py mujoco --contestants one sb3
 
 Every measurement is a process of its own, and the contestants of a suite take turns, round after
-round, so that a slow minute of the machine strikes all of them alike. SBX and rejax take part
-where requirements-peers.txt is installed. Compared are ratios within a round. Writes
+round, so that a slow minute of the machine strikes all of them alike. SBX, rejax and sb3-contrib
+take part where requirements-peers.txt is installed. Compared are ratios within a round. Writes
 benchmark/results/speed/: SUITE.csv, a row per measurement, and SUITE.md, the table that is also
 printed. To measure more, add a Contestant.
 """
@@ -52,12 +52,14 @@ from benchmark import (
     read_csv,
     sweep,
 )
+from benchmark.baselines import trpo
 from benchmark.sweep import numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results/speed"
 CORES = os.cpu_count() or 1
-PEERS = {"sbx": "sbx-rl", "rejax": "rejax"}  # modules of requirements-peers.txt: their packages
+# modules of requirements-peers.txt: their packages
+PEERS = {"sbx": "sbx-rl", "rejax": "rejax", "sb3_contrib": "sb3-contrib"}
 SEEDS = [1, 2, 3]  # 33 agents: what one task takes of the 231 runs behind the paper's Table 1
 OBJECTIVES = ["none", "clip:0.1", "clip:0.2", "clip:0.3"]
 OBJECTIVES += ["adaptive:0.003", "adaptive:0.01", "adaptive:0.03"]
@@ -269,6 +271,39 @@ def sbx_mujoco(total_timesteps: int, threads: int) -> dict:
 
     args, envs = cheetah(total_timesteps)
     return learned(PPO("MlpPolicy", envs, **common(args)), args)
+
+
+def sb3_trpo(total_timesteps: int, threads: int) -> dict:
+    """At the defaults of benchmark/baselines/trpo.py.
+
+    Its line search takes the first KL within delta, not within 1.5 delta.
+    """
+    from sb3_contrib import TRPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    torch.set_num_threads(threads)
+    args = trpo.Args(total_timesteps=total_timesteps)
+    envs = make_vec_env(args.env_id, args.num_envs)
+    model = TRPO(
+        "MlpPolicy",
+        VecNormalize(envs, norm_reward=False, clip_obs=args.obs_clip),
+        learning_rate=args.value_learning_rate,
+        n_steps=args.num_steps,
+        batch_size=args.value_minibatch,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        cg_max_steps=args.cg_iterations,
+        cg_damping=args.damping,
+        line_search_shrinking_factor=0.5,
+        line_search_max_iter=args.backtracks,
+        n_critic_updates=args.value_epochs,
+        target_kl=args.max_kl,
+        sub_sampling_factor=args.fisher_every,
+        seed=1,
+        device="cpu",
+    )
+    return learned(model, args)
 
 
 def sb3_atari(total_timesteps: int, threads: int) -> dict:
@@ -494,6 +529,20 @@ SUITES = {
         ("one", "grid", "grid-crowd", "sb3", "sb3-crowd", "sbx", "simulator", "simulators"),
         40_960,
         ppo_continuous.Args().batch_size,
+    ),
+    "trpo": Suite(
+        "HalfCheetah-v4 at the defaults of benchmark/baselines/trpo.py in both: one environment x "
+        "1024 steps, ten iterations of conjugate gradients with Fisher products on every fifth "
+        "row, five epochs of the value function in minibatches of 64, separate tanh networks of "
+        "64-64, observations normalised, on the CPU.",
+        "sb3_contrib",
+        {
+            "ours": Contestant("trpo.py", partial(ours, trpo), 1),
+            "sb3_contrib": Contestant("sb3-contrib TRPO", sb3_trpo),
+        },
+        ("ours", "sb3_contrib"),
+        40_960,
+        trpo.Args().batch_size,
     ),
     "atari": Suite(
         "Pong at the defaults of ppo_atari.py in all, the paper's Table 5: 8 environments x 128 "

@@ -609,16 +609,27 @@ def test_report_by_hand(tmp_path):
     assert "- `vpg`, seeds 1 2: Swimmer-v4\n- `cem`, seeds 2: Swimmer-v4\n" in text
     assert "- PPO, which benchmark/table1.py runs: Swimmer-v4\n" in text
     assert "Seeds of PPO: Hopper-v4 3." in text
-    assert "| `ppo` | 2,100 [2,000, 2,200], n = 3<br>paper 2,203 | paper 107 |" in text
-    assert "| `cem` | 508 [508, 509]<br>paper 508 | 50.8, n = 1<br>paper 1.9 |" in text
-    first = "1 of 6 [1, 1]; first in 100% of the resamples"
-    second = "2 of 6 [2, 2]; first in 0% of the resamples; behind `trpo-learned`"
+    # Student's t: 4.303 x 100 / sqrt 3, and 12.71 x 0.7071 / sqrt 2
+    assert "| `ppo` | 2,100 [1,852, 2,348], n = 3<br>paper 2,203 | paper 107 |" in text
+    assert "| `cem` | 508 [502, 515]<br>paper 508 | 50.8, n = 1<br>paper 1.9 |" in text
+    assert "| `trpo-learned` | 2,500 [2,494, 2,506] | 250 [250, 250] |" in text
+    # PPO's mean lies 10.4 of its errors above the one, 6.9 below the other: t(2) has 0.5% and 1%
+    first = "1 of 6 [1, 1]; first in 100% of the draws"
+    second = "2 of 6 [2, 2]; first in 1% of the draws; behind `trpo-learned`"
     assert f"| Hopper-v4 | 2 of 6 | {first} | {second} |" in text
-    assert "| Swimmer-v4 | 2 of 6 | without ppo, vpg | without ppo, vpg |" in text
+    few = "too few runs: ppo, vpg, cem"
+    assert f"| Swimmer-v4 | 2 of 6 | {few} | {few} |" in text
     assert "| **PPO first** | 0 of 2 tasks | 1 of 1 tasks [1, 1] | 0 of 1 tasks [0, 0] |" in text
     # in units of 2323.9 - 508.2 on Hopper and of 121.5 - 1.9 on Swimmer
-    assert "| `vpg` | Hopper-v4 | 1,000 [1,000, 1,000] | 2,324 | -73% |" in text
-    assert "| `cem` | Swimmer-v4 | 50.8, n = 1 | 1.9 | +41% |" in text
+    paper = "the paper, Vanilla PG adaptive"
+    assert f"| `vpg` | Hopper-v4 | 1,000 [994, 1,006] | 2,324 | {paper} | -73% |" in text
+    assert "| `cem` | Swimmer-v4 | 50.8, n = 1 | 1.9 | the paper, CEM | +41% |" in text
+    later = "| 95.0 | TRPO, baselines 2018 | +130% |"
+    assert f"| `trpo-learned` | Swimmer-v4 | 250 [250, 250] {later}" in text
+    # the paper's TRPO ends at 2,064 on Hopper and at 121 on Swimmer
+    assert "| TRPO, the paper | 2,064 | 122 |\n| TRPO, Tianshou | 2,046 | 40.9 |\n" in text
+    assert "| A2C + TR, the paper | 951 |" in text and "| A2C, Tianshou | 1,253 | 36.6 |" in text
+    assert "nearer to the paper's curve on 1 of 2 tasks: Swimmer-v4.\n" in text
     assert "| Hopper-v4 | 6 | 5 | 6 |" in text and "| Swimmer-v4 | 5 | 5 | 5 | 200,000 |" in text
     assert "changes the gradient in 1.50% of all states, at most in 2.00% of those" in text
     flags = "--env-id TASK --env-backend envpool --std frozen --seed S --total-timesteps 1000000"
@@ -638,9 +649,10 @@ def test_ranks_by_hand():
     means = np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 2.0], [2.0, 3.0, 2.0]])
     assert figure3.rank_of_first(means).tolist() == [1, 3, 1]  # a tie is no defeat
     rng = np.random.default_rng(0)
-    rank, draws = figure3.ranks_of_ppo([np.array([0.0, 10.0]), np.array([4.0])], rng)
-    assert rank == 1  # 5 against 4; a resample has 0, 5 or 10
-    assert (draws == 1).mean() == pytest.approx(0.75, abs=0.02)
+    rank, draws = figure3.ranks_of_ppo([np.array([0.0, 10.0]), np.array([4.0, 4.0])], rng)
+    assert rank == 1  # 5 against 4; its error is 5, and t(1) is Cauchy's distribution
+    expected = 0.5 + np.arctan(1 / 5) / np.pi
+    assert (draws == 1).mean() == pytest.approx(expected, abs=0.02)  # 4 deviations of 10,000 draws
 
 
 def test_report_needs_a_run(tmp_path):

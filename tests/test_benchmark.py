@@ -440,6 +440,7 @@ def test_speed_has_a_row_per_contestant_and_a_ratio(tmp_path, monkeypatch, capsy
         *(("grpo", key, 1024) for key in ("ours", "writing")),
         ("cartpole", "environments", 2048),
         ("process", "ours", 4096),
+        ("trpo", "ours", 2048),
     ],
 )
 def test_speed_measures_every_kind_of_contestant(suite, key, timesteps, monkeypatch, capsys):
