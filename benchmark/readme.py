@@ -265,6 +265,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {  # document -> block -> what
         "atari-others": atari_of_others,
         "grpo": partial(section, "grpo/summary.md", "The two tasks at their defaults"),
         "speed-mujoco": partial(result, "speed/mujoco.md"),
+        "speed-trpo": partial(result, "speed/trpo.md"),
         "speed-atari": partial(result, "speed/atari.md"),
         "speed-cartpole": partial(result, "speed/cartpole.md"),
         "speed-process": partial(result, "speed/process.md"),
