@@ -58,8 +58,11 @@ from benchmark.sweep import numbers
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results/speed"
 CORES = os.cpu_count() or 1
-# modules of requirements-peers.txt: their packages
-PEERS = {"sbx": "sbx-rl", "rejax": "rejax", "sb3_contrib": "sb3-contrib"}
+PEERS = {  # modules of requirements-peers.txt: their packages, and what these compute with
+    "sbx": ("sbx-rl", "jax"),
+    "rejax": ("rejax", "jax"),
+    "sb3_contrib": ("sb3-contrib",),
+}
 SEEDS = [1, 2, 3]  # 33 agents: what one task takes of the 231 runs behind the paper's Table 1
 OBJECTIVES = ["none", "clip:0.1", "clip:0.2", "clip:0.3"]
 OBJECTIVES += ["adaptive:0.003", "adaptive:0.01", "adaptive:0.03"]
@@ -671,7 +674,7 @@ def report(name: str, rows: pd.DataFrame) -> str:
     note += "memory is the peak."
     if suite.parts and {suite.contestants[key].title for key in suite.parts} < there:
         note += of_ceiling(suite, rows)
-    for key, package in PEERS.items():
+    for key, (package, *_) in PEERS.items():
         if key in suite.default and suite.contestants[key].title not in there:
             note += f" {package} was not installed."
     about = rows.loc[0, "started":]
@@ -689,8 +692,8 @@ def compare(name: str, keys: list[str], rounds: int, total_timesteps: int, threa
     now = datetime.datetime.now().isoformat(timespec="seconds")
     about = {"started": now, "git_commit": git_commit()}
     packages = ["torch", "gymnasium", "envpool", "stable-baselines3"]
-    for key, package in PEERS.items():
-        packages += [package, "jax"] if key in keys else []
+    for key, mine in PEERS.items():
+        packages += mine if key in keys else []
     packages += ["ale-py"] if name == "atari" else []
     about |= {package: version(package) for package in packages}
     about |= {"python": sys.version.split()[0]} | machine()
