@@ -85,6 +85,7 @@ def write_run(
 SHARED = {"lockstep": set(), "scores": set(), "sweep": set(), "plot": {"scores"}}
 SHARED["grids"] = {"sweep", "lockstep"}
 SHARED["gpu"] = {*SHARED, "speed"}  # the same measurements, on another device
+SHARED["speed"] = {"lockstep", "sweep", "baselines"}  # TRPO has a suite
 SHARED["humanoid"] = {"sweep", "scores", "plot", "humanoid_ppo"}  # the runs of its own script
 FILES = sorted(path.stem for path in (ROOT / "benchmark").glob("[a-z]*.py"))
 
