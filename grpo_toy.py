@@ -538,11 +538,11 @@ def grpo_loss(log_probs: Tensor, batch: dict, max_length: int, args: Args) -> tu
         logratio = logratio.sum(-1, keepdim=True) / lengths
     ratio = logratio.clamp(max=40).exp()  # inf would make 0 * inf = NaN below
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
-    gain = torch.min(ratio * advantages, clipped * advantages)  # as in PPO
+    surrogate = torch.min(ratio * advantages, clipped * advantages)  # as in PPO
 
     kl = kl_terms(new, old, reference)
     kl["exact"] = kl_between(log_probs, batch["ref_log_probs"])
-    terms = (gain - args.kl_coef * kl[args.kl_estimator]) * mask  # [N, T]
+    terms = (surrogate - args.kl_coef * kl[args.kl_estimator]) * mask  # [N, T]
 
     if args.loss_agg == "grpo":  # the mean of each answer, then of all answers
         objective = (terms.sum(-1, keepdim=True) / lengths).mean()

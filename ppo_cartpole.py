@@ -261,15 +261,15 @@ def ppo_loss(log_prob, entropy, kl, values, batch, objective, beta, args) -> dic
     ratio = logratio.clamp(max=40).exp()  # of eqs. 6 to 8; no inf, which times 0 is NaN
 
     if objective.kind == "pg":
-        gain = log_prob * advantages  # eq. 2
+        surrogate = log_prob * advantages  # eq. 2
     elif objective.kind == "clip":
         clipped = ratio.clamp(1 - objective.epsilon, 1 + objective.epsilon)
         # eq. 7: no gradient beyond 1+eps where A > 0, nor below 1-eps where A < 0  [detail 8]
-        gain = torch.min(ratio * advantages, clipped * advantages)
+        surrogate = torch.min(ratio * advantages, clipped * advantages)
     else:
-        gain = ratio * advantages  # eq. 6
+        surrogate = ratio * advantages  # eq. 6
     if objective.kind in ("kl", "adaptive"):
-        gain = gain - beta * kl  # eq. 8
+        surrogate = surrogate - beta * kl  # eq. 8
 
     value_loss = (values - batch["returns"]).square()
     if args.value_clip is not None:  # [detail 9]
@@ -279,7 +279,7 @@ def ppo_loss(log_prob, entropy, kl, values, batch, objective, beta, args) -> dic
 
     logratio, ratio = logratio.detach(), ratio.detach()
     return {  # the first three are learned from, the others are watched  [detail 12]
-        "policy_loss": -gain,
+        "policy_loss": -surrogate,
         "value_loss": value_loss,
         "entropy": entropy,
         "kl": kl.detach(),

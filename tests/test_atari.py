@@ -859,8 +859,8 @@ MUTATIONS = {
         check_the_loss_is_equation_9_in_closed_form,
     ),
     "the KL rewarded": (
-        "gain = gain - beta * kl",
-        "gain = gain + beta * kl",
+        "surrogate = surrogate - beta * kl",
+        "surrogate = surrogate + beta * kl",
         check_the_loss_is_equation_9_in_closed_form,
     ),
     "plain means in place of weighted ones": (
@@ -929,7 +929,7 @@ def test_an_action_masked_in_the_agent_is_never_taken_and_learning_stays_finite(
 def test_a_metric_added_to_the_loss_changes_nothing_that_is_learned(tmp_path):
     _, weights, _ = updated(ppo, recorded(), small(), "clip:0.1")
     metrics, _, _ = updated(ppo, recorded(), small(), "clip:0.1")
-    for place in ('"policy_loss": -gain,', '"entropy": entropy,'):
+    for place in ('"policy_loss": -surrogate,', '"entropy": entropy,'):
         new = f'"ratio": ratio,\n        {place}'
         module = edited(tmp_path, place, new)
         more_metrics, same_weights, _ = updated(module, recorded(), small(), "clip:0.1")

@@ -1472,7 +1472,7 @@ def test_a_new_metric_wherever_it_stands_changes_nothing_that_is_learned(tmp_pat
 
 
 CAUGHT = {  # a wrong edit -> the check that fails on it, and passes on the script
-    "KL with a wrong sign": ("gain - args.kl_coef", "gain + args.kl_coef", check_loss),
+    "KL with a wrong sign": ("surrogate - args.kl_coef", "surrogate + args.kl_coef", check_loss),
     "loss with a wrong sign": ("return -objective, ", "return objective, ", check_loss),
     "max for min": ("torch.min(ratio * adv", "torch.max(ratio * adv", check_loss),
     "ratio upside down": ("logratio = new - old", "logratio = old - new", check_loss),

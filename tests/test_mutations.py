@@ -330,7 +330,7 @@ MISTAKES = {
         check_loss,
         EVERY,
     ),
-    "KL rewarded": ("gain - beta * kl", "gain + beta * kl", check_loss, EVERY),
+    "KL rewarded": ("surrogate - beta * kl", "surrogate + beta * kl", check_loss, EVERY),
     "min and max of eq. 7 swapped": (
         "torch.min(ratio * advantages, clipped * advantages)",
         "torch.max(ratio * advantages, clipped * advantages)",
