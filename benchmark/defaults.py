@@ -9,9 +9,9 @@ change goes back to the defaults of before; one setting puts two changes togethe
 what `--preset modern` says. The final runs show it on all seven tasks with seeds 101 to 110, which
 the search does not have.
 
-The setting of two changes gained in the search, and was the default of one commit. Its runs on all
-tasks, with the same ten seeds, took that back: they are candidate/, and the report has them. To run
-them again, check that commit out and give this command there.
+The setting of two changes did best in the search, and was the default from commit fd3fd4c to
+d005031. Its runs on all tasks, with the same ten seeds, took that back. They are in candidate/. To
+make them again: check fd3fd4c out, and run the second command there with --results mine.
 
 Every command names all that the search changes, so that it means the same whatever the defaults
 are. Where no flag does, a worker changes the text of the script, as benchmark/collapse.py does.
@@ -170,29 +170,42 @@ def iqm(x: np.ndarray) -> float:
     return float(stats.trim_mean(x, 0.25))
 
 
+def effects(last: pd.Series, zero: np.ndarray, names: list[str]) -> dict[str, str]:
+    """What each of these settings changes, on the mean normalised score, against the centre.
+
+    last: returns by (task, setting, seed), whole for these. Empty where they lack the centre.
+    """
+    if "centre" not in names:
+        return {}
+    tasks, _, seeds = (last.index.unique(level) for level in range(3))
+    tasks = [task for task in SEARCHED if task in tasks]
+    cells = list(itertools.product(tasks, names, sorted(seeds)))
+    raw = last.reindex(cells).to_numpy().reshape(len(tasks), len(names), len(seeds))
+    normalised = scores.normalise(raw, zero, scores.best_returns(raw, "run"))
+    means, draws = scores.means(normalised), scores.means(scores.resample(normalised))
+    centre, found = names.index("centre"), {}
+    for i, name in enumerate(names):
+        low, high = scores.interval(draws[:, i] - draws[:, centre])
+        found[name] = f"{means[i] - means[centre]:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return found | {"centre": "0"}
+
+
 def tell_search(folder: Path) -> str:
     """Every setting beside the centre, from search/; an effect where all of its runs are there."""
     runs = sweep.read(folder / "search/runs.csv")
+    runs = runs[runs["env_id"].isin(SEARCHED)]
     last = returns_of(runs, "last_100_return")
     greedy = returns_of(runs, "eval_return_mean")
     seeds = sorted(set(runs["seed"].astype(int)))
     tasks = [task for task in SEARCHED if task in set(runs["env_id"])]
     counts = runs.groupby("setting").size()
     whole = [name for name in SETTINGS if counts.get(name, 0) == len(tasks) * len(seeds)]
-    cells = list(itertools.product(tasks, whole, seeds))
-    raw = last.reindex(cells).to_numpy().reshape(len(tasks), len(whole), len(seeds))
     zero = grids.random_returns(folder / "random.csv", tasks, "gaussian")
-    normalised = scores.normalise(raw, zero, scores.best_returns(raw, "run"))
-    centre = whole.index("centre")
-    effects, drawn = scores.means(normalised), scores.means(scores.resample(normalised))
-    effects, drawn = effects - effects[centre], drawn - drawn[:, [centre]]
+    effect = effects(last, zero, whole)
     rows, every = [], []
     for name in [name for name in SETTINGS if name in counts]:
         row = {"setting": f"`{name}`", "what is different": SETTINGS[name].what}
-        row["effect [95%]"] = "0" if name == "centre" else ""
-        if name in whole and name != "centre":
-            low, high = scores.interval(drawn[:, whole.index(name)])
-            row["effect [95%]"] = f"{effects[whole.index(name)]:+.2f} [{low:+.2f}, {high:+.2f}]"
+        row["effect [95%]"] = effect.get(name, "")
         sorted_returns = {"setting": f"`{name}`"}
         for task in tasks:
             returns = last.get((task, name), pd.Series(dtype=float))
@@ -216,8 +229,8 @@ the centre; 0 is the
 untrained Gaussian policy and 1 the best run of the task among settings with all runs; bootstrap \
 intervals. Gaits: the HalfCheetahs whose last 100 episodes are above \
 {PLATEAU:,}; the others stay on
-a plateau. The defaults are what
-`{CHOSEN}` says.
+a plateau. The defaults are those
+of `{CHOSEN}`.
 {missing}
 Every run, sorted:
 
@@ -237,8 +250,8 @@ def tell_final(folder: Path) -> str:
             continue
         ours, mine = last.loc[task].to_numpy(), greedy.loc[task].to_numpy()
         row = {"task": task, "seeds": str(len(ours))}
-        row["last 100: IQM (each)"] = f"{number(iqm(ours))} ({number(min(ours))} to "
-        row["last 100: IQM (each)"] += f"{number(max(ours))})"
+        span = f"{number(min(ours))} to {number(max(ours))}"
+        row["last 100: IQM (lowest to highest)"] = f"{number(iqm(ours))} ({span})"
         mean, low, high = scores.mean_interval(mine)
         row["greedy: mean [95%]"] = f"{number(mean)} [{number(low)}, {number(high)}]"
         curves = table.curves[table.curves["env_id"] == task]
@@ -258,7 +271,7 @@ def tell_final(folder: Path) -> str:
     sources = []
     for row in public.drop_duplicates("source").itertuples():
         sources.append(f"- {row.source}: {row.how}; {row.url}")
-    return f"""## The defaults, with seeds that chose nothing
+    return f"""## The defaults, with seeds that the search does not have
 
 {markdown(rows)}
 The defaults of `ppo_continuous.py`, 1M steps, ten agents side by side on EnvPool. Last 100: \
@@ -281,37 +294,50 @@ Of the {len(said)} tasks, our mean is higher on {higher}; ours are {", ".join(co
 
 
 def tell_candidate(folder: Path) -> str:
-    """The final runs beside those of what the search put first."""
+    """The final runs beside those of CANDIDATE: tasks and seeds that both have."""
     runs = [sweep.read(folder / part / "runs.csv") for part in ("final", "candidate")]
-    last = [returns_of(mine, "last_100_return") for mine in runs]
-    greedy = [returns_of(mine, "eval_return_mean") for mine in runs]
+    both = [returns_of(mine, "last_100_return") for mine in runs]
+    cells = both[0].index.intersection(both[1].index)
     rows = []
-    for task in [task for task in TASKS if all(task in mine.index for mine in last)]:
-        row = {"task": task}
-        for name, mine, played in zip(("defaults", f"`{CANDIDATE}`"), last, greedy, strict=True):
-            row[f"{name}: last 100"] = number(iqm(mine.loc[task].to_numpy()))
-            row[f"{name}: greedy, each"] = ", ".join(number(x) for x in sorted(played.loc[task]))
-        pair = [mine.loc[task].to_numpy() for mine in last]
-        row["the candidate is"], row["p"] = verdict(pair[1], pair[0])
+    for task in [task for task in TASKS if task in cells.get_level_values("env_id")]:
+        ours, theirs = (mine[cells][task].to_numpy() for mine in both)
+        row = {"task": task, "seeds": str(len(ours))}
+        for name, x in (("defaults", ours), (f"`{CANDIDATE}`", theirs)):
+            row[f"{name}: mean"] = number(x.mean())
+            row[f"{name}: each"] = ", ".join(number(y) for y in sorted(x))
+        row["the candidate is"], row["p"] = welch(moments(theirs), moments(ours))
         rows.append(row)
     said = [row["the candidate is"] for row in rows]
-    counts = [f"{word} on {said.count(word)}" for word in sorted(set(said))]
-    return f"""## What the search puts first, on all tasks
+    return f"""## The best of the search, on all tasks
 
-`{CANDIDATE}` with the seeds of the final runs, beside these. Last 100: interquartile means. The \
-verdicts are of Welch's t
-test, on the last 100 episodes. Of the {len(said)} tasks it is {", ".join(counts)}.
+`{CANDIDATE}` and the defaults with the same seeds, returns of the last 100 episodes. p: Welch's t \
+test, not corrected for
+the number of tasks. The candidate is better on {said.count("better")} and worse on \
+{said.count("worse")} of {len(said)} tasks; on the others no difference is
+shown.
 
 {markdown(rows)}
-{sweep.origin(runs[1])}"""
+{sweep.origin(runs[1])}
+In that commit `--preset modern` meant `{CANDIDATE}`.
+"""
 
 
-def verdict(mine: np.ndarray, theirs: np.ndarray) -> tuple[str, str]:
-    """Better, worse, or neither at the level of 5%, by Welch's t test; and p."""
-    p = stats.ttest_ind(mine, theirs, equal_var=False).pvalue
+def moments(x: np.ndarray) -> tuple[float, float, int]:
+    """Mean, standard deviation and size of a sample."""
+    return x.mean(), x.std(ddof=1), len(x)
+
+
+def welch(mine: tuple[float, float, int], theirs: tuple[float, float, int]) -> tuple[str, str]:
+    """moments() of two samples -> whether the first is better, or worse, at the level of 5%; p.
+
+    By Welch's t test. Where no run differs from another it has no t: then the means say it.
+    """
+    first, second = ((mean, max(deviation, 1e-6), n) for mean, deviation, n in (mine, theirs))
+    p = stats.ttest_ind_from_stats(*first, *second, equal_var=False).pvalue
+    word = "equal within intervals"
     if p < 0.05:
-        return "better" if mine.mean() > theirs.mean() else "worse", f"{p:.2g}"
-    return "neither", f"{p:.2g}"
+        word = "better" if mine[0] > theirs[0] else "worse"
+    return word, f"{p:.2g}"
 
 
 def draw(path: Path, curves: pd.DataFrame) -> None:
@@ -329,39 +355,32 @@ def draw(path: Path, curves: pd.DataFrame) -> None:
 
 
 def compare(mine: np.ndarray, theirs: pd.DataFrame) -> dict[str, str]:
-    """Better, worse, or neither at the level of 5%."""
+    """Our runs of a task beside Tianshou's mean and deviation."""
     theirs = theirs[theirs["source"] == "Tianshou, at 983k steps"].iloc[0]
-    # a deviation of 0 on both sides has no t: then the means say it
-    test = stats.ttest_ind_from_stats(
-        mine.mean(),
-        max(mine.std(ddof=1), 1e-6),
-        len(mine),
-        theirs["mean"],
-        max(theirs["deviation"], 1e-6),
-        int(theirs["seeds"]),
-        equal_var=False,
-    )
-    verdict = "equal within intervals"
-    if test.pvalue < 0.05:
-        verdict = "better" if mine.mean() > theirs["mean"] else "worse"
+    peer = theirs["mean"], theirs["deviation"], int(theirs["seeds"])
+    word, p = welch(moments(mine), peer)
     return {
         "ours": f"{number(mine.mean())} +- {number(mine.std(ddof=1))}",
         "Tianshou": f"{number(theirs['mean'])} +- {number(theirs['deviation'])}",
         "our mean is": "higher" if mine.mean() > theirs["mean"] else "not higher",
-        "ours is": verdict,
-        "p": f"{test.pvalue:.2g}",
+        "ours is": word,
+        "p": p,
     }
 
 
 def report(folder: Path) -> None:
-    """Write summary.md from the CSVs there are. Raises OSError where there is none."""
-    parts = ["# The defaults of ppo_continuous.py on MuJoCo\n"]
-    if (folder / "final/runs.csv").exists():
-        parts.append(tell_final(folder))
-    parts.append(tell_search(folder))
-    if (folder / "candidate/runs.csv").exists():
-        parts.append(tell_candidate(folder))
-    (folder / "summary.md").write_text("\n".join(parts))
+    """Write summary.md from the CSVs there are. Raises UserError where there is none."""
+    text = ""
+    for tell, parts in {
+        tell_final: ["final"],
+        tell_search: ["search"],
+        tell_candidate: ["final", "candidate"],
+    }.items():
+        if all((folder / part / "runs.csv").exists() for part in parts):
+            text += f"\n{tell(folder)}"
+    if not text:
+        raise UserError(f"{folder} has no run yet; run defaults.py without --report")
+    (folder / "summary.md").write_text(f"# The defaults of ppo_continuous.py on MuJoCo\n{text}")
 
 
 def main(argv: list[str]) -> None:

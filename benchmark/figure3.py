@@ -34,24 +34,24 @@ from benchmark.sweep import PACKAGES, ROOT, Call, Layout
 class Algorithm(NamedTuple):
     trainer: str  # a file of benchmark/baselines/
     flags: str
-    theirs: str  # what it is held against: a column of published()
+    theirs: str  # what it is compared with: a column of published()
     curve: str  # as figure3_mujoco_curves.json calls it
     title: str
 
 
-BASELINES = "TRPO, baselines 2018"  # with sigma learned, which in the paper it probably was not
+OPENAI = "TRPO, OpenAI Baselines 2018"  # with sigma learned, which in the paper it probably was not
 PPO = Algorithm("", "", "PPO (clip)", "PPO(Clip)", "PPO (clip)")
 ALGORITHMS = {
     "trpo-frozen": Algorithm("trpo", "--std frozen", "TRPO", "TRPO", "TRPO"),
-    "trpo-learned": Algorithm("trpo", "--std learned", BASELINES, "TRPO", "TRPO"),
-    "trpo-learned-32": Algorithm("trpo", "--std learned --hidden 32", BASELINES, "TRPO", "TRPO"),
+    "trpo-learned": Algorithm("trpo", "--std learned", OPENAI, "TRPO", "TRPO"),
+    "trpo-learned-32": Algorithm("trpo", "--std learned --hidden 32", OPENAI, "TRPO", "TRPO"),
     "vpg": Algorithm("vpg", "", "Vanilla PG adaptive", "VPG-adapt", "Vanilla PG, adaptive"),
     "a2c": Algorithm("a2c", "", "A2C", "A2C", "A2C"),
     "a2c-tr": Algorithm("a2c", "--trust-region", "A2C + TR", "A2C+TR", "A2C + trust region"),
     "cem": Algorithm("cem", "", "CEM", "CEM", "CEM"),
 }
 WITH_PPO = {"ppo": PPO} | ALGORITHMS
-PAPER = list(dict.fromkeys(a.theirs for a in WITH_PPO.values() if a.theirs != BASELINES))
+PAPER = ["PPO (clip)", "TRPO", "Vanilla PG adaptive", "A2C", "A2C + TR", "CEM"]
 OTHERS = ["vpg", "a2c", "a2c-tr", "cem"]
 LINE_UPS = {"frozen": ["ppo", "trpo-frozen", *OTHERS], "learned": ["ppo", "trpo-learned", *OTHERS]}
 DRAWS = 10_000  # of the mean of an algorithm
@@ -172,7 +172,7 @@ def returns_of(runs: pd.DataFrame) -> dict[tuple[str, str], np.ndarray]:
 def published() -> pd.DataFrame:
     """The ends of the paper's curves: a row per task (-v4), a column per algorithm.
 
-    After the paper's there are the columns of others_1m.csv, "TRPO, baselines 2018" and so on.
+    After the columns of PAPER come those of others_1m.csv, such as OPENAI.
     """
     ends = pd.read_csv(ROOT / "benchmark/paper/figure3_final.csv")
     ends["task"] += "-v4"
@@ -183,9 +183,9 @@ def published() -> pd.DataFrame:
 
 
 def with_interval(x: np.ndarray, seeds: int) -> str:
-    """The mean of the runs, where there are several with its 95% interval by Student's t.
+    """The mean of the runs; of two or more, its 95% interval by Student's t too.
 
-    And how many, where those are not so many `seeds`.
+    And their number, where it is not `seeds`.
     """
     text = number(x.mean())
     if len(x) > 1:
@@ -200,7 +200,7 @@ def rank_of_first(means: np.ndarray) -> np.ndarray:
 
 
 def likely_means(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """x [S >= 2 seeds] -> means that these runs leave likely, by Student's t: [DRAWS]"""
+    """x [S >= 2 seeds] -> random means, spread as Student's t says after these runs: [DRAWS]"""
     return x.mean() + stats.sem(x) * rng.standard_t(len(x) - 1, size=DRAWS)
 
 
@@ -249,7 +249,8 @@ def tell_missing(runs: pd.DataFrame, grid: Grid, seeds_of_ppo: dict[str, int]) -
 def tell_returns(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
     table = []
     for name in ("ppo", *grid.algorithms):
-        row, theirs = {"algorithm": f"`{name}`"}, WITH_PPO[name].theirs
+        row = {"algorithm": f"`{name}`"}
+        theirs = WITH_PPO[name].theirs
         for task in grid.tasks:
             cell = []
             if (task, name) in returns:
@@ -262,7 +263,8 @@ def tell_returns(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
 
 The return of the last 100 episodes, the mean over {len(grid.seeds)} seeds and its 95% interval \
 by Student's t; below it the end of the
-paper's curve (-v1).
+paper's curve (-v1). The paper has one curve of TRPO, probably with sigma frozen: it stands at \
+`trpo-frozen` alone.
 
 {markdown(table)}
 ![Learning curves](curves.png)
@@ -310,7 +312,7 @@ def tell_ranks(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
     for name, mine in firsts.items():
         last[f"TRPO's sigma {name}"] = ""
         if mine:
-            low, high = scores.interval(sum(draws.astype(int) for _, draws in mine))
+            low, high = scores.interval(sum(draws for _, draws in mine))
             count = sum(first for first, _ in mine)
             text = f"{count} of {len(mine)} tasks [{low:.0f}, {high:.0f}]"
             last[f"TRPO's sigma {name}"] = text
@@ -318,18 +320,22 @@ def tell_ranks(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
 
 PPO's rank by the mean return of the last 100 episodes, 1 for the highest; a tie counts for PPO. \
 The other algorithms are
-vanilla policy gradient, A2C, A2C with a trust region and CEM. The 95% intervals are of draws of \
-all means, by Student's t.
+vanilla policy gradient, A2C, A2C with a trust region and CEM. In brackets: the middle 95% of \
+{DRAWS:,} draws. In a draw
+every mean is moved by its standard error times a random number from Student's t distribution. The \
+last row counts tasks,
+and in brackets how many there are in the draws.
 
 {markdown([*table, last])}
 """
 
 
 def tell_disagreements(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
-    """Where each algorithm ends farthest from the paper's curve, or from another's figure."""
+    """Where each algorithm ends farthest from the paper's curve, or from a result of other code."""
     table = []
     for name in ("ppo", *grid.algorithms):
-        far, theirs = {}, WITH_PPO[name].theirs
+        far = {}
+        theirs = WITH_PPO[name].theirs
         for task in grid.tasks:
             if (task, name) in returns and task in ends.index:
                 best, worst = ends.loc[task, PAPER].max(), ends.loc[task, PAPER].min()
@@ -340,57 +346,68 @@ def tell_disagreements(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
             row = {"algorithm": f"`{name}`", "task": task}
             row["ours"] = with_interval(returns[task, name], len(grid.seeds))
             row["theirs"] = number(ends.loc[task, theirs])
-            row["held against"] = f"the paper, {theirs}" if theirs in PAPER else theirs
+            row["compared with"] = f"the paper, {theirs}" if theirs in PAPER else theirs
             table.append(row | {"apart": f"{far[task]:+.0%}"})
     if not table:
         return ""
     return f"""## The largest disagreement of each algorithm
 
-In percent of the distance between the paper's best and worst algorithm on that task. The paper's \
-TRPO is one curve. Its
-sigma was probably frozen, so TRPO with a learned sigma is held against OpenAI's later code.
+Apart: ours minus theirs, in percent of the distance between the paper's best and worst algorithm \
+on that task. TRPO with a
+learned sigma is compared with OpenAI's code of 2018 (-v2, networks of 32-32).
 
 {markdown(table)}
 """
 
 
-def tell_others(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
-    """TRPO and A2C beside the paper's ends and beside other code; which sigma gives the paper's."""
-    tasks = [task for task in grid.tasks if task in ends.index]
-    text, nearer = "", {}  # task -> the sigma whose mean is nearer to the paper's end
+def nearer_sigma(returns: dict, tasks: list[str], ends: pd.DataFrame) -> dict[str, str]:
+    """task -> frozen or learned: the sigma with which TRPO ends nearer to the paper's curve.
+
+    Of tasks where both have two runs or more.
+    """
+    nearer = {}
     for task in tasks:
-        two = {way: returns.get((task, f"trpo-{way}")) for way in LINE_UPS}
-        if all(x is not None for x in two.values()):
+        two = {way: returns.get((task, f"trpo-{way}"), ()) for way in LINE_UPS}
+        if min(len(x) for x in two.values()) > 1:
             apart = {way: abs(x.mean() - ends.loc[task, "TRPO"]) for way, x in two.items()}
             nearer[task] = min(apart, key=apart.get)
+    return nearer
+
+
+def tell_others(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
+    """TRPO and A2C beside the paper and other code, and which sigma is nearer to the paper."""
+    tasks = [task for task in grid.tasks if task in ends.index]
+    sources = pd.read_csv(OTHERS_1M).drop_duplicates(["algorithm", "source"])
+    text = ""
     for family in ("TRPO", "A2C"):
+        mine = [name for name in grid.algorithms if name.startswith(family.lower())]
+        if not (mine and tasks):
+            continue
         rows = []
-        for name in grid.algorithms:
-            mine = {task: returns[task, name] for task in tasks if (task, name) in returns}
-            if name.startswith(family.lower()) and mine:
-                means = {task: number(x.mean()) for task, x in mine.items()}
-                rows.append({"algorithm": f"`{name}`"} | dict.fromkeys(tasks, "") | means)
-        if rows:
-            for column in [name for name in ends if name.startswith(family)]:
-                who = f"{column}, the paper" if column in PAPER else column
-                theirs = {task: number(ends.loc[task, column]) for task in tasks}
-                rows.append({"algorithm": who} | theirs)
-            text += markdown(rows) + "\n"
+        for name in mine:
+            row = {"algorithm": f"`{name}`"} | dict.fromkeys(tasks, "")
+            for task in [task for task in tasks if (task, name) in returns]:
+                row[task] = with_interval(returns[task, name], len(grid.seeds))
+            rows.append(row)
+        for column in [column for column in ends.columns if column.startswith(family)]:
+            row = {"algorithm": f"{column}, the paper" if column in PAPER else column}
+            rows.append(row | {task: number(ends.loc[task, column]) for task in tasks})
+        text += f"{markdown(rows)}\n"
+        for row in sources[sources["algorithm"] == family].itertuples():
+            text += f"- {row.algorithm}, {row.source}: {row.seeds} seeds; {row.how}; {row.url}\n"
+        text += "\n"
     if not text:
         return ""
+    nearer = nearer_sigma(returns, tasks, ends)
     if nearer:
         frozen = [task for task, way in nearer.items() if way == "frozen"]
         text += f"With sigma frozen, TRPO ends nearer to the paper's curve on {len(frozen)} of "
         text += f"{len(nearer)} tasks: {', '.join(frozen) or 'none'}.\n\n"
-    sources = ""
-    for row in pd.read_csv(OTHERS_1M).drop_duplicates(["algorithm", "source"]).itertuples():
-        sources += f"- {row.algorithm}, {row.source}: {row.seeds} seeds; {row.how}; {row.url}\n"
     return f"""## TRPO and A2C beside other code
 
-Means of the last 100 episodes.
+Ours: means of the last 100 episodes of training. The paper's: the ends of its curves.
 
-{text}{sources}
-"""
+{text}"""
 
 
 def tell_generations(runs: pd.DataFrame, grid: Grid) -> str:

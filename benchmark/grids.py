@@ -10,7 +10,6 @@ script and the crowd with words of their text replaced, for what no flag can cha
 import datetime
 import itertools
 import json
-import math
 import re
 import sys
 import warnings
@@ -108,8 +107,8 @@ def common_flags(preset: str, total_timesteps: int, more: list[str]) -> list[str
 def plan(grid: Grid, done: set, settings: list[str], runs: str) -> list[Call]:
     """The calls for all cells of the grid that are not `done`, those of the first seeds first.
 
-    Per task and set of missing seeds as many calls as it takes for at most TOGETHER agents in each.
-    The same missing cells give the same call, with the same folder. Raises UserError for flags that
+    A call has one task, and whole seeds: so many that it has at most TOGETHER agents, or one. The
+    same missing cells give the same call, with the same folder. Raises UserError for flags that
     make no sense.
     """
     calls = []
@@ -117,12 +116,11 @@ def plan(grid: Grid, done: set, settings: list[str], runs: str) -> list[Call]:
         groups = {}  # missing seeds -> objectives
         for objective in grid.objectives:
             missing = tuple(seed for seed in grid.seeds if (task, objective, seed) not in done)
-            if missing:
-                groups.setdefault(missing, []).append(objective)
+            groups.setdefault(missing, []).append(objective)
         for missing, mine in groups.items():
-            count = math.ceil(len(missing) * len(mine) / TOGETHER)
-            for part in np.array_split(missing, count):
-                seeds = [str(seed) for seed in part]
+            size = max(1, TOGETHER // len(mine))
+            for start in range(0, len(missing), size):
+                seeds = [str(seed) for seed in missing[start : start + size]]
                 named = f"{task}__{'-'.join(seeds)}__{'_'.join(mine).replace(':', '-')}"
                 flags = [*environment(task), "--objectives", *mine, "--seeds", *seeds, *settings]
                 calls.append(Call("benchmark.lockstep", (*flags, "--run-dir", f"{runs}/{named}")))

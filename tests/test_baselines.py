@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
@@ -624,11 +625,15 @@ def test_report_by_hand(tmp_path):
     paper = "the paper, Vanilla PG adaptive"
     assert f"| `vpg` | Hopper-v4 | 1,000 [994, 1,006] | 2,324 | {paper} | -73% |" in text
     assert "| `cem` | Swimmer-v4 | 50.8, n = 1 | 1.9 | the paper, CEM | +41% |" in text
-    later = "| 95.0 | TRPO, baselines 2018 | +130% |"
+    later = "| 95.0 | TRPO, OpenAI Baselines 2018 | +130% |"
     assert f"| `trpo-learned` | Swimmer-v4 | 250 [250, 250] {later}" in text
-    # the paper's TRPO ends at 2,064 on Hopper and at 121 on Swimmer
-    assert "| TRPO, the paper | 2,064 | 122 |\n| TRPO, Tianshou | 2,046 | 40.9 |\n" in text
+    # the paper's TRPO ends at 2,064 on Hopper and at 121.5 on Swimmer
+    assert "| `trpo-frozen` | 1,500 [1,494, 1,506] | 150 [150, 150] |\n" in text
+    assert "| TRPO, the paper | 2,064 | 122 |\n" in text
+    assert "| TRPO, Tianshou | 2,046 | 40.9 |\n" in text
     assert "| A2C + TR, the paper | 951 |" in text and "| A2C, Tianshou | 1,253 | 36.6 |" in text
+    for who in ("TRPO, OpenAI Baselines 2018: 6 seeds", "TRPO, Tianshou: 10", "A2C, Tianshou: 10"):
+        assert text.count(f"- {who}") == 1
     assert "nearer to the paper's curve on 1 of 2 tasks: Swimmer-v4.\n" in text
     assert "| Hopper-v4 | 6 | 5 | 6 |" in text and "| Swimmer-v4 | 5 | 5 | 5 | 200,000 |" in text
     assert "changes the gradient in 1.50% of all states, at most in 2.00% of those" in text
@@ -649,10 +654,35 @@ def test_ranks_by_hand():
     means = np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 2.0], [2.0, 3.0, 2.0]])
     assert figure3.rank_of_first(means).tolist() == [1, 3, 1]  # a tie is no defeat
     rng = np.random.default_rng(0)
-    rank, draws = figure3.ranks_of_ppo([np.array([0.0, 10.0]), np.array([4.0, 4.0])], rng)
-    assert rank == 1  # 5 against 4; its error is 5, and t(1) is Cauchy's distribution
-    expected = 0.5 + np.arctan(1 / 5) / np.pi
-    assert (draws == 1).mean() == pytest.approx(expected, abs=0.02)  # 4 deviations of 10,000 draws
+    rank, draws = figure3.ranks_of_ppo([np.array([0.0, 5.0, 10.0]), np.array([2.0, 2.0])], rng)
+    assert rank == 1  # 5 against 2
+    expected = stats.t.cdf(3 / (5 / np.sqrt(3)), 2)  # its deviation is 5
+    assert (draws == 1).mean() == pytest.approx(expected, abs=0.016)  # 4 deviations of 10,000 draws
+    # 5 against 4, and errors of 5 on both sides, drawn apart: their difference is Cauchy's, 10 wide
+    pair = [np.array([0.0, 10.0]), np.array([-1.0, 9.0])]
+    _, draws = figure3.ranks_of_ppo(pair, rng)
+    assert (draws == 1).mean() == pytest.approx(0.5 + np.arctan(1 / 10) / np.pi, abs=0.02)
+
+
+def test_where_ppo_is_first_in_the_paper_and_here():
+    """Three tasks: PPO is first on one of ours, and on two of the paper's."""
+    grid = figure3.Grid(["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"], ["vpg"], [1, 2])
+    names = [*figure3.LINE_UPS["frozen"], "trpo-learned"]
+    returns = {(task, name): np.array([0.0, 1.0]) for task in grid.tasks for name in names}
+    for task, x in zip(grid.tasks, (1e6, -1e6, -1e6), strict=True):
+        returns[task, "ppo"] = np.array([x, x + 1])
+    ends = figure3.published()
+    table = figure3.tell_ranks(returns, grid, ends)
+    assert "| **PPO first** | 2 of 3 tasks | 1 of 3 tasks [1, 1] | 1 of 3 tasks [1, 1] |" in table
+
+
+def test_the_largest_disagreement_may_be_downwards():
+    """On Walker2d 0.5 lies 1,215 below the paper's VPG, and 2,241 are between its algorithms."""
+    grid = figure3.Grid(["HalfCheetah-v4", "Walker2d-v4"], ["vpg"], [1, 2])
+    returns = {(task, "vpg"): np.array([0.0, 1.0]) for task in grid.tasks}
+    text = figure3.tell_disagreements(returns, grid, figure3.published())
+    (row,) = [line for line in text.splitlines() if line.startswith("| `vpg` |")]
+    assert row.startswith("| `vpg` | Walker2d-v4 |") and row.endswith("| -54% |")
 
 
 def test_report_needs_a_run(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,7 @@ from benchmark import (
     speed,
     sweep,
 )
+from benchmark.baselines import trpo
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = "--total-timesteps 4096 --num-envs 4 --num-steps 64 --num-minibatches 8 --eval-episodes 1"
@@ -456,6 +458,45 @@ def test_speed_measures_every_kind_of_contestant(suite, key, timesteps, monkeypa
     speed.main([suite, "--worker", key, "--total-timesteps", str(timesteps)])
     printed = json.loads(capsys.readouterr().out)
     assert printed["steps_per_second"] > 0 and printed["threads"] in (1, speed.CORES)
+
+
+def test_speed_gives_peers_our_settings(monkeypatch):
+    """All keywords of sb3-contrib's TRPO, which need not be installed; and who standardises."""
+    told, wrapped = {}, {}
+
+    class Model:
+        num_timesteps = 2048
+
+        def __init__(self, policy, envs, **flags):
+            told.update(flags)
+            wrapped.update(reward=envs.norm_reward, clip=envs.clip_obs)
+
+        def learn(self, steps):
+            pass
+
+    monkeypatch.setitem(sys.modules, "sb3_contrib", SimpleNamespace(TRPO=Model))
+    speed.sb3_trpo(2048, 1)
+    args = trpo.Args()
+    assert told == {
+        "learning_rate": args.value_learning_rate,
+        "n_steps": args.num_steps,
+        "batch_size": args.value_minibatch,
+        "gamma": args.gamma,
+        "gae_lambda": args.gae_lambda,
+        "cg_max_steps": args.cg_iterations,
+        "cg_damping": args.damping,
+        "line_search_shrinking_factor": 0.5,
+        "line_search_max_iter": args.backtracks,
+        "n_critic_updates": args.value_epochs,
+        "target_kl": args.max_kl,
+        "sub_sampling_factor": args.fisher_every,
+        "seed": 1,
+        "device": "cpu",
+    }
+    assert wrapped == {"reward": False, "clip": args.obs_clip}
+    for norm_adv, expected in (("minibatch", True), ("none", False)):
+        args = speed.ppo_continuous.Args(norm_adv=norm_adv)
+        assert speed.common(args)["normalize_advantage"] is expected
 
 
 def test_speed_adds_up_the_agents_of_a_crowd(monkeypatch):

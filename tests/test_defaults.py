@@ -2,8 +2,10 @@
 
 import itertools
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from benchmark import UserError, defaults, grids, sweep
 
@@ -116,16 +118,53 @@ def test_the_report_says_what_the_runs_say_twice_the_same(tmp_path):
 
 
 def test_the_candidate_stands_beside_the_defaults_with_the_same_seeds(tmp_path):
-    moved = {"HalfCheetah-v4": 2000, "Hopper-v4": -2000}
-    tables(tmp_path, lambda task, name, seed: 4900 + seed)
-    tables(tmp_path / "other", lambda task, name, seed: 4900 + seed + moved.get(task, 0))
+    """Means by hand; seed 110 is far away, and the candidate lacks seed 101."""
+    far = {110: 900}
+    moved = {"HalfCheetah-v4": 300, "Hopper-v4": -3000}
+    tables(tmp_path, lambda task, name, seed: 4900 + seed + far.get(seed, 0))
+    tables(
+        tmp_path / "other",
+        lambda task, name, seed: 4900 + seed + far.get(seed, 0) + moved.get(task, 0),
+    )
     (tmp_path / "other/final").rename(tmp_path / "candidate")
+    runs = pd.read_csv(tmp_path / "candidate/runs.csv", dtype=str)
+    runs.loc[runs["env_id"] == "InvertedPendulum-v4", "last_100_return"] = "5003"
+    runs["eval_return_mean"] = "7"  # the verdicts are about the last 100 episodes
+    sweep.write(tmp_path / "candidate/runs.csv", runs[runs["seed"] != "101"])
     defaults.report(tmp_path)
     summary = (tmp_path / "summary.md").read_text()
-    told = summary[summary.index("## What the search puts first") :]
-    assert "Of the 7 tasks it is better on 1, neither on 5, worse on 1." in told
-    hopper = cells(told, "Hopper-v4")  # 5,001 to 5,010
-    assert hopper[1].startswith("5,006") and hopper[2].startswith("5,001, 5,002, 5,003")
-    assert hopper[3].startswith("3,006") and hopper[4].endswith("3,009, 3,010")
-    assert hopper[5] == "worse" and cells(told, "HalfCheetah-v4")[5] == "better"
-    assert cells(told, "Reacher-v4")[5:] == ["neither", "1"]
+    told = summary[summary.index("## The best of the search") :]
+    assert "is better on 0 and worse on 1 of 7 tasks" in told
+    hopper = cells(told, "Hopper-v4")  # 5,002 to 5,009, and 5,910
+    assert hopper[1:3] == ["9", "5,106"] and hopper[3].startswith("5,002, 5,003")
+    assert hopper[4] == "2,106" and hopper[5].endswith("2,009, 2,910") and hopper[6] == "worse"
+    # 300 apart, with an error of 101 on each side: t = 2.1
+    assert cells(told, "HalfCheetah-v4")[6:] == ["equal within intervals", "0.051"]
+    # no spread on one side: t(8) = 1.02
+    assert cells(told, "InvertedPendulum-v4")[6:] == ["equal within intervals", "0.34"]
+    assert "In that commit `--preset modern` meant `gamma-0.995-none`." in told
+
+
+def test_parts_that_are_not_there_are_left_out(tmp_path):
+    with pytest.raises(UserError, match="has no run yet"):
+        defaults.report(tmp_path)
+    tables(tmp_path, lambda *_: 1.0)
+    (tmp_path / "search").rename(tmp_path / "elsewhere")
+    defaults.report(tmp_path)
+    assert "## The search" not in (tmp_path / "summary.md").read_text()
+    runs = pd.read_csv(tmp_path / "elsewhere/runs.csv", dtype=str)
+    sweep.write(tmp_path / "search/runs.csv", runs[runs["setting"] != "centre"])
+    defaults.report(tmp_path)
+    assert cells((tmp_path / "summary.md").read_text(), "`before`")[2] == ""  # beside no centre
+
+
+def test_two_samples_without_spread_are_told_apart_by_their_means():
+    assert defaults.welch((2.0, 0.0, 3), (1.0, 0.0, 3))[0] == "better"
+    assert defaults.welch((1.0, 0.0, 3), (1.0, 0.0, 3)) == ("equal within intervals", "1")
+    # unequal deviations and sizes: scipy on the data itself
+    x, y = np.array([1.0, 2.0, 9.0]), np.array([10.0, 11.0, 12.0, 11.0])
+    expected = stats.ttest_ind(x, y, equal_var=False).pvalue
+    assert defaults.welch(defaults.moments(x), defaults.moments(y)) == (
+        "equal within intervals",
+        f"{expected:.2g}",
+    )

@@ -428,8 +428,10 @@ def test_only_missing_cells_are_planned():
     assert grids.plan(grid, set(grid.cells), [], "runs/x") == []
     ten = Grid(grid.tasks, table1.OBJECTIVES["paper"], list(range(1, 11)))
     calls = grids.plan(ten, set(), [], "runs/x")  # 110 agents of each task, in three calls
-    assert [len(call.crowd) for call in calls] == [44, 44, 33, 33, 33, 33]
+    assert [len(call.crowd) for call in calls] == [44, 44, 44, 44, 22, 22]
     assert [call.crowd[0].env_id for call in calls] == grid.tasks * 3  # the first seeds first
+    many = Grid(["Hopper-v4"], [f"clip:0.{i}" for i in range(1, 10)], [1, 2, 3, 4, 5])
+    assert [len(call.crowd) for call in grids.plan(many, set(), [], "runs/x")] == [36, 9]
 
 
 def test_rows_say_what_the_run_folder_says(whole):
