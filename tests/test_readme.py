@@ -22,8 +22,11 @@ from benchmark import (
     atari,
     classic,
     collapse,
+    defaults,
+    figure3,
     grids,
     grpo,
+    humanoid,
     lockstep,
     ratchet,
     read_csv,
@@ -247,6 +250,9 @@ def reports() -> dict:
 
         return write
 
+    def of_folder(tool):
+        return lambda folder: tool.main(["--report", "--results", str(folder)])
+
     def of_preset(preset: str):
         def write(folder: Path) -> None:
             objectives = {row["objective"] for row in read_csv(folder / "runs.csv")}
@@ -261,7 +267,9 @@ def reports() -> dict:
 
     found = {f"collapse/{task}/summary.md": collapsed for task in grids.TASKS}
     found |= {f"speed/{suite}.md": speed_table(suite) for suite in speed.SUITES}
-    for tool in (classic, grpo, atari, ratchet):
+    for tool in (defaults, figure3):
+        found[f"{tool.__name__.rpartition('.')[2]}/summary.md"] = of_folder(tool)
+    for tool in (classic, grpo, atari, ratchet, humanoid):
         found[f"{tool.__name__.rpartition('.')[2]}/summary.md"] = module(tool)
     found |= {
         "table1/summary.md": of_preset("paper"),
