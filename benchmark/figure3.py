@@ -42,9 +42,9 @@ class Algorithm(NamedTuple):
 OPENAI = "TRPO, OpenAI Baselines 2018"  # with sigma learned, which in the paper it probably was not
 PPO = Algorithm("", "", "PPO (clip)", "PPO(Clip)", "PPO (clip)")
 ALGORITHMS = {
-    "trpo-frozen": Algorithm("trpo", "--std frozen", "TRPO", "TRPO", "TRPO"),
-    "trpo-learned": Algorithm("trpo", "--std learned", OPENAI, "TRPO", "TRPO"),
-    "trpo-learned-32": Algorithm("trpo", "--std learned --hidden 32", OPENAI, "TRPO", "TRPO"),
+    "trpo-frozen": Algorithm("trpo", "--sigma frozen", "TRPO", "TRPO", "TRPO"),
+    "trpo-learned": Algorithm("trpo", "--sigma learned", OPENAI, "TRPO", "TRPO"),
+    "trpo-learned-32": Algorithm("trpo", "--sigma learned --hidden 32", OPENAI, "TRPO", "TRPO"),
     "vpg": Algorithm("vpg", "", "Vanilla PG adaptive", "VPG-adapt", "Vanilla PG, adaptive"),
     "a2c": Algorithm("a2c", "", "A2C", "A2C", "A2C"),
     "a2c-tr": Algorithm("a2c", "--trust-region", "A2C + TR", "A2C+TR", "A2C + trust region"),

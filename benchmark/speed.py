@@ -300,7 +300,7 @@ def sb3_trpo(total_timesteps: int, threads: int) -> dict:
         cg_max_steps=args.cg_iterations,
         cg_damping=args.damping,
         line_search_shrinking_factor=0.5,
-        line_search_max_iter=args.backtracks,
+        line_search_max_iter=args.line_search_tries,
         n_critic_updates=args.value_epochs,
         target_kl=args.max_kl,
         sub_sampling_factor=args.fisher_every,

@@ -78,17 +78,17 @@ class MeanKL(nn.Module):
         self.agent = agent
 
     def forward(self, batch):
-        return trpo.mean_kl(self.agent, batch)
+        return baselines.mean_kl(self.agent, batch)
 
 
-@pytest.mark.parametrize("std", ["learned", "frozen"])
-def test_fisher_product_is_that_of_the_hessian_of_the_kl(std):
+@pytest.mark.parametrize("sigma", ["learned", "frozen"])
+def test_fisher_product_is_that_of_the_hessian_of_the_kl(sigma):
     agent = make_agent(hidden=3)
     batch = make_batch(agent)
-    weights = trpo.trained_weights(agent, trpo.Args(std=std))
+    weights = trpo.trained_weights(agent, trpo.Args(sigma=sigma))
     product = trpo.fisher_product(agent, batch, weights, damping=0.1)
     count = len(parameters_to_vector(weights))
-    assert count == (3 * 3 + 3) + (3 * 3 + 3) + (3 * 2 + 2) + (2 if std == "learned" else 0)
+    assert count == (3 * 3 + 3) + (3 * 3 + 3) + (3 * 2 + 2) + (2 if sigma == "learned" else 0)
 
     module = MeanKL(agent)
     names = {id(weight): name for name, weight in module.named_parameters()}
@@ -112,16 +112,16 @@ def test_conjugate_gradient_is_a_direct_solution():
     b = torch.randn(10, dtype=torch.float64)
     x, residual = trpo.conjugate_gradient(lambda v: matrix @ v, b, iterations=20)
     torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-4, atol=1e-4)
-    assert residual < 1e-10
+    assert residual < 1e-5
     few, left = trpo.conjugate_gradient(lambda v: matrix @ v, b, iterations=3)
-    assert left == pytest.approx((b - matrix @ few).square().sum().item(), rel=1e-6)
+    assert left == pytest.approx((b - matrix @ few).norm().item(), rel=1e-6)
     assert left > residual
 
 
-@pytest.mark.parametrize("std", ["learned", "frozen"])
+@pytest.mark.parametrize("sigma", ["learned", "frozen"])
 @pytest.mark.parametrize("max_kl", [0.01, 1.0, 1000.0])
-def test_no_step_goes_farther_than_the_line_search_allows(max_kl, std):
-    args = trpo.Args(std=std, max_kl=max_kl, backtracks=3)
+def test_no_step_goes_farther_than_the_line_search_allows(max_kl, sigma):
+    args = trpo.Args(sigma=sigma, max_kl=max_kl, line_search_tries=3)
     kls = []
     for seed in range(4):
         agent = make_agent(hidden=16, seed=seed)
@@ -129,12 +129,12 @@ def test_no_step_goes_farther_than_the_line_search_allows(max_kl, std):
         before = copy.deepcopy(agent.state_dict())
         told = trpo.trust_region_step(agent, batch, args)
         after = agent.state_dict()
-        kl = trpo.mean_kl(agent, batch).item()
+        kl = baselines.mean_kl(agent, batch).item()
         kls.append(kl)
         changed = [name for name in before if not torch.equal(before[name], after[name])]
         if told["accepted"]:
             assert 0 < kl <= 1.5 * max_kl and told["surrogate_gain"] >= 0
-            assert ("log_std" in changed) == (std == "learned")
+            assert ("log_std" in changed) == (sigma == "learned")
             assert not [name for name in changed if name.startswith("critic")]
         else:
             assert changed == [] and told["surrogate_gain"] == 0
@@ -147,7 +147,7 @@ def test_a_step_that_is_not_accepted_is_taken_back():
     agent = make_agent(hidden=16)
     batch = make_batch(agent)
     before = copy.deepcopy(agent.state_dict())
-    told = trpo.trust_region_step(agent, batch, trpo.Args(max_kl=1e6, backtracks=1))
+    told = trpo.trust_region_step(agent, batch, trpo.Args(max_kl=1e6, line_search_tries=1))
     assert (told["accepted"], told["surrogate_gain"]) == (0.0, 0.0)
     batch["advantages"] = torch.zeros(len(batch["obs"]))  # no gradient: the step is 0 / 0
     told = trpo.trust_region_step(agent, batch, trpo.Args())
@@ -253,8 +253,9 @@ def test_the_gradient_by_the_distribution_is_projected():
     mean, log_std = agent.policy(batch["obs"])
     theirs = average.actor(agent.normalise(batch["obs"])).detach()
     std = average.log_std.detach().expand_as(mean).exp()
-    gain = ppo.log_prob_of(mean, log_std, batch["actions"]) * batch["advantages"]
-    term, share = a2c.within_trust_region(gain, mean, log_std, theirs, std.log(), args.delta)
+    objective = ppo.log_prob_of(mean, log_std, batch["actions"]) * batch["advantages"]
+    pair = (mean, log_std), (theirs, std.log())
+    term, told = a2c.within_trust_region(objective, *pair, args.delta)
     found = torch.cat(torch.autograd.grad(term.sum(), (mean, log_std)), -1)
 
     mean, log_std = mean.detach(), log_std.detach()
@@ -263,9 +264,13 @@ def test_the_gradient_by_the_distribution_is_projected():
     z = batch["actions"] - mean
     g = torch.cat([z / variance, z.square() / variance - 1], -1) * batch["advantages"][:, None]
     torch.testing.assert_close(found, a2c.project(g, k, 0.1), rtol=1e-4, atol=1e-4)
-    assert 0 < share < 1
+    assert 0 < told["projected"] < 1
     _, metrics = a2c.gradient(agent, average, batch, args)
-    assert metrics["projected"] == pytest.approx(share.item())
+    assert metrics["projected"] == pytest.approx(told["projected"].item())
+    kl = log_std - std.log() + ((2 * std.log()).exp() + apart.square()) / (2 * variance) - 0.5
+    # KL[average, current] of a Gaussian, the mean over states
+    assert metrics["kl_from_average"] == pytest.approx(kl.sum(-1).mean().item(), rel=1e-4)
+    assert metrics["policy_loss"] == pytest.approx(-objective.mean().item(), rel=1e-4)
 
 
 def test_near_the_average_policy_the_trust_region_is_idle():
@@ -282,13 +287,13 @@ def test_near_the_average_policy_the_trust_region_is_idle():
 
 def test_the_average_policy_follows_slowly():
     agent = make_agent(hidden=8)
-    args = a2c.Args(average=0.9, learning_rate=0.1)
+    args = a2c.Args(average=0.9, learning_rate=0.1, trust_region=True)
     parts = {"agent": agent, **a2c.make_optimizers(agent, args)}
-    before = parameters_to_vector(agent.parameters()).detach().clone()
+    before = parameters_to_vector(baselines.policy_of(agent)).detach().clone()
     a2c.learn(parts, make_batch(agent), {"updates": 0}, args)
-    moved = parameters_to_vector(agent.parameters()) - before
-    followed = parameters_to_vector(parts["average"].parameters()) - before
-    assert moved.abs().max() > 1e-3
+    moved = parameters_to_vector(baselines.policy_of(agent)) - before
+    followed = parameters_to_vector(baselines.policy_of(parts["average"])) - before
+    assert moved.abs().max() > 1e-3 and parts["average"].obs_stats is agent.obs_stats
     torch.testing.assert_close(followed, 0.1 * moved, rtol=1e-3, atol=1e-6)
 
 
@@ -356,11 +361,11 @@ def test_every_candidate_plays_one_episode_of_its_own(tmp_path):
     for candidate in candidates:
         nn.utils.vector_to_parameters(candidate.clone(), agent.actor.parameters())
         expected.append(ppo.act(agent, np.ones(1)).item())
-    returns, lengths = cem.play_generation(agent, candidates, actors)
+    returns, lengths, stats = cem.play_generation(agent, candidates, actors)
     assert len(set(lengths.tolist())) > 4
     assert lengths.tolist() == [np.ceil(5 + np.clip(3 * a, -4, 14)) for a in expected]
     assert returns == pytest.approx(np.array(expected) * lengths, rel=1e-4)
-    assert agent.obs_stats.count == lengths.sum()
+    assert stats.count == lengths.sum() and agent.obs_stats.count == 0
 
     run("cem", f"{flags} --total-timesteps 150 --eval-episodes 1", tmp_path / "run")
     episodes = rows(tmp_path / "run/episodes.csv")
@@ -373,11 +378,32 @@ def test_every_candidate_plays_one_episode_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("clip, low, high", [("", -130, -60), ("--no-clip-actions", -900, -300)])
 def test_clipped_the_first_generation_begins_where_the_papers_curve_does(clip, low, high, tmp_path):
-    """On Reacher, which charges the square of an action: -94 in the paper."""
+    """On Reacher, whose reward has the squared action with a minus: -95 in the paper."""
     flags = f"--env-id Reacher-v4 --total-timesteps 10000 --eval-episodes 1 {clip}"
     run("cem", flags, tmp_path / "run")
     returns = [float(row["return"]) for row in rows(tmp_path / "run/episodes.csv")]
     assert len(returns) == 200 and low < np.mean(returns) < high
+
+
+class Blind(Payer):
+    """Observes NaN in the end, and pays on."""
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return np.where(self.count >= 4, np.nan, obs), *rest
+
+
+gym.register("GoesBlind-v0", Blind, max_episode_steps=1000)
+
+
+def test_a_generation_that_fails_leaves_the_filter_as_it_was(tmp_path):
+    flags = "--env-id GoesBlind-v0 --num-envs 3 --candidates 11 --env-backend gymnasium"
+    with pytest.raises(ppo.NonFiniteError, match="obs not finite in update 1"):
+        run("cem", flags, tmp_path / "run")
+    agent, candidates, actors = generation(flags, 11)
+    actors.restart(0)
+    *_, stats = cem.play_generation(agent, candidates, actors)
+    assert stats.mean.isnan().all() and agent.obs_stats.mean.isfinite().all()
 
 
 def test_only_the_first_generation_changes_its_filter_while_it_plays(tmp_path, monkeypatch):
@@ -393,7 +419,7 @@ def test_only_the_first_generation_changes_its_filter_while_it_plays(tmp_path, m
         filters.clear()
         actors.restart(0)
         before = agent.obs_stats.mean[0].item()
-        cem.play_generation(agent, candidates, actors, first)
+        *_, agent.obs_stats = cem.play_generation(agent, candidates, actors, first)
         assert agent.obs_stats.mean[0].item() != before
         assert (len(set(filters)) == len(filters) > 1) if first else set(filters) == {before}
 
@@ -469,8 +495,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(name, flags, tmp_path, 
     [
         ("trpo", "--num-steps 0", "--num-steps must be between"),
         ("trpo", "--env-id InvertedPendulum-v4 --num-steps 3", "too small"),
-        ("a2c", "--average 1.5", "--average must be between"),
+        ("vpg", "--num-steps 100000000", "--num-steps must be between 2 and 1048576"),
+        ("vpg", "--num-envs 1000 --num-steps 1000000", "too large"),
+        ("vpg", "--learning-rate 5", "--learning-rate must be between 1e-12 and 1, not 5"),
+        ("a2c", "--trust-region --average 1.5", "--average must be between"),
+        ("a2c", "--average 0.9", "--delta and --average need --trust-region"),
+        ("a2c", "--delta 2", "--delta and --average need --trust-region"),
         ("cem", "--candidates 20", "--num-envs must be at most --candidates, 20"),
+        ("cem", "--elite 0.007", "--elite 0.007 of 200 candidates are fewer than 2"),
         ("vpg", "--env-id Nothing-v0 --env-backend envpool", "EnvPool does not know"),
     ],
 )
@@ -637,7 +669,7 @@ def test_report_by_hand(tmp_path):
     assert "nearer to the paper's curve on 1 of 2 tasks: Swimmer-v4.\n" in text
     assert "| Hopper-v4 | 6 | 5 | 6 |" in text and "| Swimmer-v4 | 5 | 5 | 5 | 200,000 |" in text
     assert "changes the gradient in 1.50% of all states, at most in 2.00% of those" in text
-    flags = "--env-id TASK --env-backend envpool --std frozen --seed S --total-timesteps 1000000"
+    flags = "--env-id TASK --env-backend envpool --sigma frozen --seed S --total-timesteps 1000000"
     assert text.count(f"    python benchmark/baselines/trpo.py {flags}\n") == 1
 
 

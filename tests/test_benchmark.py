@@ -486,7 +486,7 @@ def test_speed_gives_peers_our_settings(monkeypatch):
         "cg_max_steps": args.cg_iterations,
         "cg_damping": args.damping,
         "line_search_shrinking_factor": 0.5,
-        "line_search_max_iter": args.backtracks,
+        "line_search_max_iter": args.line_search_tries,
         "n_critic_updates": args.value_epochs,
         "target_kl": args.max_kl,
         "sub_sampling_factor": args.fisher_every,

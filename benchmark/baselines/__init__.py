@@ -1,13 +1,13 @@
-"""What the algorithms share that Figure 3 of the paper compares PPO with.
+"""Code shared by the algorithms that Figure 3 of the paper compares with PPO.
 
 Each file of this folder is one algorithm, with its equations, its source, and which settings are
 known. Agent, distribution, gae(), rollouts, random streams and run folders are those of
 ppo_continuous.py. This file adds what the algorithms share besides: flags, networks of other sizes,
 the loop of the three that learn from rollouts, and the run folder under the name of the algorithm.
 
-As in ppo_continuous.py with --preset paper, rewards are raw, actions are not clipped (but CEM's),
-observations are filtered and clipped to +-5, and a time limit counts as an end. A file and its
-flags train one agent; benchmark/figure3.py runs them all.
+As in ppo_continuous.py with --preset paper, rewards are raw, actions are not clipped (except in
+CEM), observations are filtered and clipped to +-5, and a time limit counts as an end. A file and
+its flags train one agent; benchmark/figure3.py runs them all.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ Batch = dict[str, Tensor]
 class Args:
     """What every algorithm takes."""
 
-    script: ClassVar[str]  # the name of its file, with which its run folders are signed
+    script: ClassVar[str]  # the name of its file, which is written into its run folders
     sample_actions: ClassVar[bool] = False  # the evaluation plays the mean actions
     capture_video: ClassVar[bool] = False
 
@@ -46,9 +46,10 @@ class Args:
     seed: int = 1  # seed of every random stream: weights, actions, minibatches, environments
     total_timesteps: int = 1_000_000  # environment steps, in whole updates
     num_envs: int = 1  # environments side by side
-    env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"  # auto: EnvPool from 4 on
+    # auto: EnvPool with 4 environments or more
+    env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
     obs_clip: float = 5.0  # standardised observations are clipped to +- this
-    clip_actions: bool = False  # clip what is sent to the bounds
+    clip_actions: bool = False  # clip actions to their bounds before they are sent
     eval_episodes: int = 20  # evaluation episodes, on seeds that training never used
     run_dir: str | None = None  # folder of this run; None makes one under runs/
     resume: str | None = None  # go on with the run in this folder; its config.json has the flags
@@ -63,7 +64,7 @@ class Args:
 
 @dataclass
 class RolloutArgs(Args):
-    """What the algorithms take besides that learn from rollouts of T steps."""
+    """The further flags of the algorithms that learn from rollouts of T steps."""
 
     num_steps: int = 1024  # steps of each environment per update (T)
     gamma: float = 0.99  # discount factor
@@ -83,13 +84,16 @@ class RolloutArgs(Args):
 LIMITS = {  # of the flags of all algorithms
     (0, 2**31 - 1): ["seed"],
     (1, 10**12): ["total_timesteps"],
-    (1, 2**20): ["num_envs", "num_steps", "hidden", "eval_episodes"],
-    (1, 10**4): ["cg_iterations", "fisher_every", "backtracks", "value_epochs", "value_minibatch"],
+    (1, 2**20): ["num_envs", "hidden", "eval_episodes", "value_minibatch"],
+    (1, 10**4): ["cg_iterations", "fisher_every", "line_search_tries", "value_epochs"],
+    (1, 10**6): ["extra_generations"],
+    (2, 2**20): ["num_steps"],
     (2, 10**5): ["candidates"],
     (0, 1): ["gamma", "gae_lambda", "decay", "average", "elite"],
     (0, 1e12): ["vf_coef", "ent_coef", "damping", "checkpoint_every", "extra_std"],
-    (1e-12, 1e12): ["learning_rate", "value_learning_rate", "max_kl", "kl_target", "std", "delta"],
-    (1e-12, math.inf): ["max_grad_norm", "obs_clip", "eps", "extra_generations"],
+    (1e-12, 1): ["learning_rate"],
+    (1e-12, 1e12): ["value_learning_rate", "max_kl", "kl_target", "std", "delta", "eps"],
+    (1e-12, math.inf): ["max_grad_norm", "obs_clip"],
 }
 
 
@@ -98,20 +102,26 @@ def check_args(args: Args) -> Args:
     args = ppo.check_types(args)
     for (low, high), names in LIMITS.items():
         for name in names:
-            value = getattr(args, name, None)
-            if isinstance(value, int | float) and not low <= value <= high:
+            value = getattr(args, name, low)  # no algorithm has them all
+            if not low <= value <= high:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} must be between {low} and {high}, not {value}")
-    # every second row may be a reset: two rows must be left
-    if isinstance(args, RolloutArgs) and args.num_envs * (args.num_steps // 2) < 2:
-        what = f"a batch of {args.num_envs} x {args.num_steps} steps is too small"
-        raise UserError(f"{what}; raise --num-envs or --num-steps")
+    if isinstance(args, RolloutArgs):
+        size = f"a batch of {args.num_envs} x {args.num_steps} steps"
+        if args.batch_size > 10**8:
+            raise UserError(f"{size} is too large; lower --num-envs or --num-steps")
+        # every second row may be a reset: two rows must be left
+        if args.num_envs * (args.num_steps // 2) < 2:
+            raise UserError(f"{size} is too small; raise --num-envs or --num-steps")
     return replace(args, env_backend=ppo.choose_backend(args, args.num_envs))
 
 
 def parse_args(kind: type[Args], argv: list[str]) -> Args:
-    """The command line of an algorithm. Where it is wrong, tyro says so and exits with code 2."""
-    ppo.given_flags(argv)  # refuses what cannot stand beside --resume
+    """The command line of an algorithm. Where it is wrong, tyro says so and exits with code 2.
+
+    Raises UserError for what cannot stand beside --resume.
+    """
+    ppo.given_flags(argv)
     args = tyro.cli(kind, args=argv)
     return args if args.resume is None else load_run(kind, args.resume)[0]
 
@@ -159,7 +169,7 @@ def mlp(inputs: int, hidden: tuple[int, int], outputs: int, gain: float) -> nn.S
 
 
 def make_agent(args: RolloutArgs, actors: ppo.Actors) -> ppo.Agent:
-    """The script's agent; with 64 hidden units, it has the script's first weights of this seed."""
+    """The agent of ppo_continuous.py; with 64 hidden units its first weights of this seed too."""
     obs_dim = actors.envs.single_observation_space.shape[0]
     action_dim = len(actors.low)
     ppo.seed_globals(ppo.stream(args.seed, "weights"))
@@ -176,9 +186,14 @@ def policy_of(agent: ppo.Agent) -> nn.ParameterList:
 
 
 def flat_gradient(y: Tensor, weights, **options) -> Tensor:
-    """The gradient of y by a list of weights, one vector [P]."""
+    """The gradient of y with respect to a list of weights, one vector [P]."""
     grads = torch.autograd.grad(y, list(weights), **options)
     return torch.cat([grad.flatten() for grad in grads])
+
+
+def mean_kl(agent: ppo.Agent, batch: Batch) -> Tensor:
+    """The mean of KL[old, new] over the batch."""
+    return ppo.kl_between(batch["mean"], batch["log_std"], *agent.policy(batch["obs"])).mean()
 
 
 def value_optimizer(agent: ppo.Agent, learning_rate: float) -> torch.optim.Adam:
@@ -186,17 +201,18 @@ def value_optimizer(agent: ppo.Agent, learning_rate: float) -> torch.optim.Adam:
     return torch.optim.Adam([ppo.one_vector(agent.critic)], learning_rate, fused=True)
 
 
-def fit_value(agent, optimizer, batch: Batch, epochs: int, size: int, rng) -> float:
-    """Passes over the batch in full minibatches; the rows left over are dropped, as in baselines.
+def fit_value(parts: dict, batch: Batch, args: RolloutArgs) -> float:
+    """Fit V to batch["returns"]. Returns the mean loss of the minibatches.
 
-    Minimises (V - V_targ)^2. Returns its mean over all steps.
+    Every epoch shuffles the rows, and drops those that fill no minibatch, as OpenAI's baselines do.
     """
+    agent, optimizer = parts["agent"], parts["value_optimizer"]
     (weights,) = optimizer.param_groups[0]["params"]
     obs = agent.normalise(batch["obs"])
-    size = min(size, len(obs))
+    size = min(args.value_minibatch, len(obs))
     losses = []
-    for _ in range(epochs):
-        order = torch.randperm(len(obs), generator=rng)
+    for _ in range(args.value_epochs):
+        order = torch.randperm(len(obs), generator=parts["minibatch_rng"])
         for rows in order[: len(order) // size * size].split(size):
             loss = (agent.critic(obs[rows]).squeeze(-1) - batch["returns"][rows]).square().mean()
             weights.grad = flat_gradient(loss, agent.critic.parameters())
@@ -210,11 +226,8 @@ def fit_value(agent, optimizer, batch: Batch, epochs: int, size: int, rng) -> fl
 def make_batch(agent: ppo.Agent, rollout: Batch, args: RolloutArgs) -> Batch:
     """What the algorithms learn from: the B transitions of a rollout, without reset steps.
 
-    First the statistics are updated. Then the old policy and the old V are computed with the new
-    statistics, from the weights of the rollout, as in ppo_continuous.py.
+    The old policy and the old V are those of the weights now, under the statistics now.
     """
-    valid = rollout["valid"]
-    agent.obs_stats.update(rollout["obs"][:-1][valid])
     values = agent.value(rollout["obs"])
     mean, log_std = agent.policy(rollout["obs"][:-1])
     ended = rollout["terminated"] | rollout["truncated"]  # a time limit is an end
@@ -228,9 +241,9 @@ def make_batch(agent: ppo.Agent, rollout: Batch, args: RolloutArgs) -> Batch:
         "values": values[:-1],
         "advantages": advantages,
         "returns": advantages + values[:-1],
-        "valid": valid,
+        "valid": rollout["valid"],  # all True in the end; ppo.batch_metrics() reads it
     }
-    return {name: x[valid] for name, x in batch.items()}
+    return {name: x[rollout["valid"]] for name, x in batch.items()}
 
 
 @ppo.torch_threads(1)  # as in the scripts: for small networks, more cost more than they save
@@ -270,11 +283,13 @@ def train(args: RolloutArgs, make_optimizers: Callable, learn: Callable) -> tupl
                     num_episodes = 0
                 noise = ppo.draw_noise(shape, parts["action_rng"])
                 rollout, episodes = ppo.collect(ppo.in_numpy(agent), actors, noise)
-                seen = {"obs": rollout["obs"], "rewards": rollout["rewards"]}
-                ppo.check_finite(seen, iteration + 1)
+                ppo.check_finite(
+                    {"obs": rollout["obs"], "rewards": rollout["rewards"]}, iteration + 1
+                )
             ppo.check_played(agent, rollout, noise)
 
-            # UPDATE
+            # UPDATE: first the statistics, as in ppo_continuous.py
+            agent.obs_stats.update(rollout["obs"][:-1][rollout["valid"]])
             batch = make_batch(agent, rollout, args)
             charts, losses = learn(parts, batch, state, args)
             losses |= ppo.batch_metrics(agent, batch)
@@ -294,7 +309,7 @@ def train(args: RolloutArgs, make_optimizers: Callable, learn: Callable) -> tupl
 
 
 class Run(ppo.Run):
-    """The run folder of ppo_continuous.py, signed with the name of another algorithm."""
+    """The run folder of ppo_continuous.py, with the name of another script in it."""
 
     def __init__(self, args: Args, saved: dict | None):
         self.script = args.script

@@ -5,24 +5,27 @@ A2C is A3C (Mnih et al. 2016, https://arxiv.org/abs/1602.01783) whose actors wai
 
     mean of  log pi(a|s) A  +  c2 H[pi]  -  c1 (V - R)^2        R: the n-step return, A = R - V
 
-That is PPO with one epoch of one minibatch, whose ratio is 1 (Huang et al. 2022,
+scaled down to a norm of 0.5. The advantages are not standardised. PPO with one epoch of one
+minibatch has this gradient, since its ratio is 1 (Huang et al. 2022,
 https://arxiv.org/abs/2205.09123): tests/test_baselines.py takes both steps and compares them.
 
-With --trust-region the gradient g of the policy's part, by the parameters mu and log sigma of the
-distribution in each state, is shortened before it goes on into the network (Wang et al. 2016,
-https://arxiv.org/abs/1611.01224, section 3.3). With k the gradient of KL[average, current] by the
-same parameters, where the average policy has the Polyak average of the weights, it becomes
+With --trust-region the policy's part of the gradient is changed before it goes on into the network
+(Wang et al. 2016, https://arxiv.org/abs/1611.01224, section 3.3). In each state, g is its gradient
+with respect to the distribution's parameters, mu and log sigma; it includes the entropy bonus. k is
+the gradient of KL[average, current] with respect to the same parameters, where the average policy
+has the Polyak average of the weights. g becomes
 
     z = g - max(0, (k.g - delta) / |k|^2) k
 
-the nearest z to g with k.z <= delta: where g leads away from the average policy, it is shortened
-until k.z is delta. g includes the gradient of the entropy bonus.
+the nearest z to g with k.z <= delta: where k.g > delta, as much of k is taken away as makes
+k.z = delta.
 
-All settings are in baselines' a2c and acer (August 2017 and later), for discrete actions. It is a
+Environments, steps, RMSprop, c1, c2 and the gradient's norm are those of OpenAI's a2c (August
+2017), delta and the share of the average those of its acer. Both are for discrete actions. It is a
 guess that the unpublished continuous code of Figure 3 had the same ones. RMSprop there is
 TensorFlow's: its average of squares starts at ONE, so the first steps are short, and eps stands
 under the root. PyTorch's starts at zero: its first step is ten step sizes long for every weight,
-however small the gradient.
+almost however small the gradient.
 
     python benchmark/baselines/a2c.py --env-id Hopper-v4
     python benchmark/baselines/a2c.py --env-id Hopper-v4 --trust-region
@@ -42,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ppo_continuous as ppo
 from benchmark import baselines
 from benchmark.baselines import Batch, flat_gradient
-from ppo_continuous import Agent, UserError  # noqa: F401  for benchmark/sweep.py
+from ppo_continuous import Agent, UserError
 
 
 @dataclass
@@ -51,18 +54,18 @@ class Args(baselines.RolloutArgs):
 
     script: ClassVar[str] = "a2c"
 
-    num_envs: int = 16
-    num_steps: int = 5
+    num_envs: int = 16  # environments side by side
+    num_steps: int = 5  # steps of each environment per update (T)
     gae_lambda: float = 1.0  # GAE with 1 is the n-step return minus V
     learning_rate: float = 7e-4  # RMSprop's step size, decays linearly to 0
-    decay: float = 0.99  # of RMSprop's average of squares
+    decay: float = 0.99  # share of RMSprop's average of squares that an update keeps
     eps: float = 1e-5  # under RMSprop's root
-    vf_coef: float = 0.25  # c1: baselines' 0.5 times the 1/2 in its mse
+    vf_coef: float = 0.25  # c1 (OpenAI's 0.5, times the 1/2 in its mse)
     ent_coef: float = 0.01  # c2
-    max_grad_norm: float = 0.5
-    trust_region: bool = False
-    delta: float = 1.0  # of the trust region
-    average: float = 0.99  # share of the old Polyak average that is kept in each update
+    max_grad_norm: float = 0.5  # scale the gradient down to this norm
+    trust_region: bool = False  # keep near the average policy
+    delta: float = 1.0  # of the trust region: the bound of k.z
+    average: float = 0.99  # of the trust region: share of the old average that an update keeps
 
     @property
     def name(self) -> str:
@@ -95,41 +98,40 @@ def project(g: Tensor, k: Tensor, delta: float) -> Tensor:
     return g - excess.clamp(min=0) / square.clamp(min=1e-12) * k
 
 
-def within_trust_region(gain, mean, log_std, average_mean, average_log_std, delta) -> tuple:
-    """A term [B] in place of `gain` [B], whose gradient by mean and log_std [B, U] is projected.
+def within_trust_region(
+    objective: Tensor, current: tuple[Tensor, Tensor], average: tuple[Tensor, Tensor], delta: float
+) -> tuple[Tensor, dict]:
+    """A term [B] in place of `objective` [B]; its gradient with respect to `current` is z.
 
-    And the share of states in which the projection changes that gradient.
+    current, average: mean and log standard deviation [B, U] of a policy. And metrics: the mean KL,
+    and the share of states in which z is not g.
     """
-    new = (mean, log_std)
-    kl = ppo.kl_between(average_mean, average_log_std, *new)
-    g = torch.cat(torch.autograd.grad(gain.sum(), new, retain_graph=True), -1)
-    k = torch.cat(torch.autograd.grad(kl.sum(), new, retain_graph=True), -1)
-    z = project(g, k, delta)
-    return (z * torch.cat(new, -1)).sum(-1), (z != g).any(-1).float().mean()
+    kl = ppo.kl_between(*average, *current)
+    g = torch.cat(torch.autograd.grad(objective.sum(), current, retain_graph=True), -1)
+    k = torch.cat(torch.autograd.grad(kl.sum(), current, retain_graph=True), -1)
+    z = project(g, k, delta)  # a constant: nothing flows back through it
+    metrics = {"kl_from_average": kl.mean(), "projected": (z != g).any(-1).float().mean()}
+    return (z * torch.cat(current, -1)).sum(-1), metrics
 
 
 def gradient(agent: Agent, average: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict]:
     """The gradient of minus the objective, one vector [P], scaled down; and metrics.
 
-    average: the agent with the Polyak average of the weights; its statistics are not used.
+    average: the agent whose policy has the Polyak average of the weights.
     """
-    mean, log_std = agent.policy(batch["obs"])
-    log_prob = ppo.log_prob_of(mean, log_std, batch["actions"])
-    entropy = ppo.entropy_of(log_std)
-    gain = log_prob * batch["advantages"] + args.ent_coef * entropy
-    metrics = {"policy_loss": -gain.mean(), "entropy": entropy.mean()}
+    current = agent.policy(batch["obs"])
+    policy_gain = ppo.log_prob_of(*current, batch["actions"]) * batch["advantages"]
+    entropy = ppo.entropy_of(current[1])
+    value_loss = (agent.value(batch["obs"]) - batch["returns"]).square().mean()
+    metrics = {"policy_loss": -policy_gain.mean(), "entropy": entropy.mean()}
+    metrics["value_loss"] = value_loss
+    objective = policy_gain + args.ent_coef * entropy
     if args.trust_region:
         with torch.no_grad():
-            average_mean = average.actor(agent.normalise(batch["obs"]))
-            average_log_std = average.log_std + torch.zeros_like(mean)
-            kl = ppo.kl_between(average_mean, average_log_std, mean, log_std)
-        metrics["kl_from_average"] = kl.mean()
-        gain, metrics["projected"] = within_trust_region(
-            gain, mean, log_std, average_mean, average_log_std, args.delta
-        )
-    value_loss = (agent.value(batch["obs"]) - batch["returns"]).square().mean()
-    metrics["value_loss"] = value_loss
-    grad = flat_gradient(args.vf_coef * value_loss - gain.mean(), agent.parameters())
+            near = average.policy(batch["obs"])
+        objective, more = within_trust_region(objective, current, near, args.delta)
+        metrics |= more
+    grad = flat_gradient(args.vf_coef * value_loss - objective.mean(), agent.parameters())
     norm = grad.norm()
     metrics["grad_norm"] = norm
     shrink = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
@@ -138,6 +140,7 @@ def gradient(agent: Agent, average: Agent, batch: Batch, args: Args) -> tuple[Te
 
 def make_optimizers(agent: Agent, args: Args) -> dict:
     average = copy.deepcopy(agent)
+    average.obs_stats = agent.obs_stats  # both see the same observations
     optimizer = RMSprop(ppo.one_vector(agent), args.decay, args.eps)
     return {"optimizer": optimizer, "average": average}
 
@@ -150,9 +153,11 @@ def learn(parts: dict, batch: Batch, state: dict, args: Args) -> tuple[dict, dic
     (weights,) = group["params"]
     weights.grad, losses = gradient(agent, average, batch, args)
     parts["optimizer"].step()
-    with torch.no_grad():
-        for theirs, ours in zip(average.parameters(), agent.parameters(), strict=True):
-            theirs.lerp_(ours, 1 - args.average)
+    if args.trust_region:
+        pairs = zip(baselines.policy_of(average), baselines.policy_of(agent), strict=True)
+        with torch.no_grad():
+            for average_weight, weight in pairs:
+                average_weight.lerp_(weight, 1 - args.average)
     return {"learning_rate": group["lr"]}, losses
 
 
@@ -161,6 +166,9 @@ load_run = partial(baselines.load_run, Args)
 
 
 def train(args: Args) -> tuple[Agent, dict]:
+    """baselines.train(). Raises UserError for flags of the trust region without --trust-region."""
+    if not args.trust_region and (args.delta, args.average) != (Args.delta, Args.average):
+        raise UserError("--delta and --average need --trust-region")
     return baselines.train(args, make_optimizers, learn)
 
 

@@ -2,35 +2,36 @@
 
 Szita and Lorincz (2006), with the shrinking noise that they used for Tetris. In every generation
 
-    candidates: 200 weight vectors from N(mean, variance + extra), every weight on its own
+    candidates: 200 weight vectors from N(mean, variance + extra), each weight independently
     returns:    one episode of each, with its deterministic policy
     mean, variance <- those of the best 20%
     extra  =  .01^2 max(0, 1 - generation / 150)
 
 These settings are in Schulman's modular_rl: all numbers above, networks of 10 and 5 tanh units, a
 first variance of 1 around random initial weights, raw returns, an observation filter that all
-candidates share, clipped at +-5. These are guesses: that Figure 3 used them; the orthogonal initial
-weights; and when the filter is renewed. In the first generation that is at every step, since
-nothing is known of the observations before. Later it is after each generation, so that all its
-candidates play under the same filter.
+candidates share, clipped at +-5. (150 is half of its generations.) These are guesses: that Figure 3
+used them, and the orthogonal initial weights. modular_rl renews the filter at every step. Here that
+is so in the first generation, since nothing is known of the observations before. Later it is after
+each generation, so that all its candidates play under the same filter.
 
 Another guess is that actions are clipped to their bounds, which modular_rl does not do. The paper's
-curves begin at a return of -94 on Reacher and -592 on HalfCheetah. So does our first generation,
-nearly; without clipping (--no-clip-actions) it is more than five times as low. Both tasks charge
-the square of an action, and weights this random send large actions.
+curves begin at a return of -95 on Reacher and -592 on HalfCheetah. Our first generation is close to
+both; without clipping (--no-clip-actions) it is more than five times as low. Both tasks subtract
+the squared action from the reward, and weights this random send large actions.
 
 A generation is 200 episodes. Where an episode has 1,000 steps that is 200,000 steps: a million
 steps are FIVE generations on HalfCheetah and Swimmer, a hundred on Reacher.
 
 Candidates play side by side: an environment whose episode has ended takes the next candidate. The
-run folder has them in their own order, one after another, as if there were one environment. (By
-the time of their ends, the last 100 episodes would be the longest ones.) metrics.csv has a row per
-generation, whose `update` is a number of steps.
+run folder has them in their own order, one after another, as if there were one environment. (In
+the order in which they end, the last 100 would be the longest.) metrics.csv has a row per
+generation, and its column `update` counts steps.
 
     python benchmark/baselines/cem.py --env-id Hopper-v4
 """
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,17 +57,15 @@ class Args(baselines.Args):
     """The cross-entropy method over the weights of a deterministic policy."""
 
     script: ClassVar[str] = "cem"
-    batch_size: ClassVar[int] = (
-        1  # a generation's steps are not known before: its updates are steps
-    )
+    batch_size: ClassVar[int] = 1  # the run folder counts updates of so many steps: here, steps
 
     num_envs: int = 50  # candidates that play side by side
-    clip_actions: bool = True  # clip what is sent to the bounds
-    candidates: int = 200  # of a generation
+    clip_actions: bool = True  # clip actions to their bounds before they are sent
+    candidates: int = 200  # candidates per generation
     elite: float = 0.2  # the share of them that the next mean and variance are made of
     std: float = 1.0  # the first deviation of every weight
-    extra_std: float = 0.01  # more deviation, in the first generations
-    extra_generations: int = 150  # until it is gone
+    extra_std: float = 0.01  # its square is added to the variance at first, then less and less
+    extra_generations: int = 150  # generations until nothing is added any more
 
     @property
     def num_updates(self) -> int:
@@ -74,11 +73,11 @@ class Args(baselines.Args):
 
     @property
     def num_elite(self) -> int:
-        return max(1, round(self.elite * self.candidates))
+        return round(self.elite * self.candidates)
 
 
 class Search(nn.Module):
-    """A Gaussian over weight vectors [P], every weight on its own."""
+    """A Gaussian over weight vectors [P], each weight independent of the others."""
 
     def __init__(self, mean: Tensor, std: float):
         super().__init__()
@@ -99,7 +98,7 @@ class Search(nn.Module):
 
 
 def make_agent(args: Args, actors: ppo.Actors) -> Agent:
-    """The script's agent with a smaller policy; its value function and its sigma are not used."""
+    """ppo_continuous.py's agent with a smaller policy; V and sigma are not used."""
     obs_dim = actors.envs.single_observation_space.shape[0]
     ppo.seed_globals(ppo.stream(args.seed, "weights"))
     agent = Agent(obs_dim, len(actors.low), args.obs_clip, log_std=0.0)
@@ -118,9 +117,9 @@ def split_candidates(agent: Agent, candidates: Tensor) -> list[np.ndarray]:
     return layers
 
 
-def filter_of(agent: Agent) -> tuple[np.ndarray, np.ndarray]:
+def filter_of(stats: ppo.RunningStats) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation [D] of the observations so far: copies, as the filter goes on."""
-    return agent.obs_stats.mean.numpy().copy(), agent.obs_stats.std.numpy().copy()
+    return stats.mean.numpy().copy(), stats.std.numpy().copy()
 
 
 def batched_policy(layers: list[np.ndarray], mean, std, obs_clip: float) -> Callable:
@@ -131,10 +130,11 @@ def batched_policy(layers: list[np.ndarray], mean, std, obs_clip: float) -> Call
 
 def check_policy(agent: Agent, candidates: Tensor) -> None:
     """Raises UserError where batched_policy() does not play what Agent.policy does."""
-    mean, std = filter_of(agent)
+    mean, std = filter_of(agent.obs_stats)
     obs = mean + ppo.trial_obs(len(mean), agent.obs_clip) * std
-    first = [layer[:1].repeat(len(obs), 0) for layer in split_candidates(agent, candidates)]
-    fast = batched_policy(first, mean, std, agent.obs_clip)(obs)
+    # the first candidate, once for each of these observations
+    layers = [layer[:1].repeat(len(obs), 0) for layer in split_candidates(agent, candidates)]
+    fast = batched_policy(layers, mean, std, agent.obs_clip)(obs)
     vector_to_parameters(candidates[0].clone(), agent.actor.parameters())
     if not np.allclose(fast, ppo.act(agent, obs), rtol=1e-4, atol=1e-5):
         raise UserError("batched_policy() does not play Agent.policy; change both alike")
@@ -143,37 +143,38 @@ def check_policy(agent: Agent, candidates: Tensor) -> None:
 def play_generation(
     agent: Agent, candidates: Tensor, actors: ppo.Actors, first: bool = False
 ) -> tuple:
-    """One episode of each of C candidates: returns [C] and lengths [C].
+    """One episode of each of C candidates: returns [C], lengths [C], and the filter after it.
 
-    The agent's filter takes in what they see. They play under the filter as it was before; in the
-    `first` generation, as it is.
+    They play under the filter as it was before; in the `first` generation, as it becomes.
     """
     count = len(candidates)
     layers = split_candidates(agent, candidates)
-    mean, std = filter_of(agent)
+    stats = copy.deepcopy(agent.obs_stats)  # the agent keeps its own, should an environment fail
+    mean, std = filter_of(stats)
     returns, lengths = np.zeros(count), np.zeros(count, int)
-    mine = np.arange(actors.num_envs)  # the candidate of each environment
-    following = actors.num_envs
+    candidate_of = np.arange(actors.num_envs)  # of each environment
+    next_candidate = actors.num_envs
     playing = np.ones(actors.num_envs, bool)
     changed = True
     while playing.any():
         valid = playing & ~actors.ended  # the step after an end only resets
         if valid.any():
-            agent.obs_stats.update(torch.from_numpy(actors.obs[valid]))
+            stats.update(torch.from_numpy(actors.obs[valid]))
         if first:
-            mean, std = filter_of(agent)
+            mean, std = filter_of(stats)
         if first or changed:
-            play = batched_policy([layer[mine] for layer in layers], mean, std, agent.obs_clip)
+            now = [layer[candidate_of] for layer in layers]
+            play = batched_policy(now, mean, std, agent.obs_clip)
         *_, episodes = actors.step(play(actors.obs))
         for i, episode_return, length in episodes:
             if playing[i]:
-                returns[mine[i]] = episode_return
-                lengths[mine[i]] = length
-                playing[i] = following < count
-                mine[i] = min(following, count - 1)
-                following += 1
+                returns[candidate_of[i]] = episode_return
+                lengths[candidate_of[i]] = length
+                playing[i] = next_candidate < count
+                candidate_of[i] = min(next_candidate, count - 1)
+                next_candidate += 1
         changed = len(episodes) > 0
-    return returns, lengths
+    return returns, lengths, stats
 
 
 @ppo.torch_threads(1)
@@ -187,6 +188,8 @@ def train(args: Args) -> tuple[Agent, dict]:
     args = baselines.check_args(args)
     if args.num_envs > args.candidates:
         raise UserError(f"--num-envs must be at most --candidates, {args.candidates}")
+    if args.num_elite < 2:  # one alone has no variance
+        raise UserError(f"--elite {args.elite} of {args.candidates} candidates are fewer than 2")
     actors = ppo.Actors(args, args.num_envs)
     ppo.check_interface(args, actors.envs)
     if actors.episode_limit is None:
@@ -200,7 +203,7 @@ def train(args: Args) -> tuple[Agent, dict]:
         state = saved["state"]
         ppo.restore(parts, saved)
     run = baselines.Run(args, saved)
-    run.warm = run.started, state["updates"]  # nothing compiles: the first generation counts too
+    run.warm = run.started, state["updates"]  # SPS counts from the start, since nothing compiles
 
     with contextlib.closing(actors), contextlib.closing(run):
         while state["updates"] < args.total_timesteps:
@@ -210,11 +213,15 @@ def train(args: Args) -> tuple[Agent, dict]:
             with run.saving_work(state, parts):
                 candidates = search.draw(args.candidates, extra, rng)
                 actors.restart(ppo.stream(args.seed, "environments", generation))
-                returns, lengths = play_generation(agent, candidates, actors, generation == 0)
-                ppo.check_finite({"returns": torch.from_numpy(returns)}, generation + 1)
-            check_policy(agent, candidates)
+                returns, lengths, stats = play_generation(
+                    agent, candidates, actors, generation == 0
+                )
+                numbers = {"obs": stats.mean, "returns": torch.from_numpy(returns)}
+                ppo.check_finite(numbers, generation + 1)
 
             # UPDATE
+            agent.obs_stats = stats
+            check_policy(agent, candidates)
             search.update(candidates, returns, args.num_elite)
             vector_to_parameters(search.mean.clone(), agent.actor.parameters())
 
@@ -232,7 +239,7 @@ def train(args: Args) -> tuple[Agent, dict]:
                 "weight_std": search.variance.sqrt().mean().item(),
             }
             episodes = list(zip(ends.tolist(), returns.tolist(), lengths.tolist(), strict=True))
-            run.bar.update(steps - 1)
+            run.bar.update(steps - 1)  # log() adds the last one
             run.log(state["updates"], episodes, charts, {"kl_after_update": None})
             ppo.save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
     return agent, run.finish(state, ppo.evaluate(agent, args, run.path))

@@ -12,23 +12,24 @@ KL, the Fisher information, both at the old weights, the solution is the step
     s = sqrt(2 delta / x'Fx) x      where  F x = g
 
 x is found by conjugate gradients, which need F only in products with vectors, and such a product is
-the gradient of a scalar: F v = grad of (grad KL . v). Neither expansion is exact. So the step is
-halved until the true KL is at most 1.5 delta and the true L is not lower: the line search.
+the gradient of a scalar: F v = grad of (grad KL . v). In the code F is computed from every fifth
+row, and a little of the identity is added (the damping). Neither expansion is exact. So the step is
+halved until the true KL is at most 1.5 delta and the true L is not lower: the line search. After
+ten tries without success the policy stays as it was. Then the value function is fitted.
 
 These settings are in OpenAI's public code of the paper's time (baselines, trpo_mpi, July 2017): T,
 gamma, lambda, delta, ten iterations, the damping, Fisher products on every fifth row, the line
 search, the fit of the value function. These are guesses: 64-64 networks, as PPO has in the paper
-(--hidden 32 is that code's size), the script's initial weights, and standardised advantages. (That
-code computed them from the start, and began to use them later that month.)
+(--hidden 32 is that code's size), ppo_continuous.py's initial weights, and standardised advantages.
+(That code computed them from the start, and began to use them later that month.)
 
 In that code log sigma was missing from the trained weights until January 2018: sigma stayed 1.
---std frozen does the same.
+--sigma frozen does the same.
 
     python benchmark/baselines/trpo.py --env-id Hopper-v4
-    python benchmark/baselines/trpo.py --env-id Reacher-v4 --std frozen
+    python benchmark/baselines/trpo.py --env-id Reacher-v4 --sigma frozen
 """
 
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ppo_continuous as ppo
 from benchmark import baselines
-from benchmark.baselines import Batch, flat_gradient
+from benchmark.baselines import Batch, flat_gradient, mean_kl
 from ppo_continuous import Agent, UserError  # noqa: F401  for benchmark/sweep.py
 
 
@@ -53,34 +54,28 @@ class Args(baselines.RolloutArgs):
 
     script: ClassVar[str] = "trpo"
 
-    num_steps: int = 1024
-    gae_lambda: float = 0.98
-    std: Literal["learned", "frozen"] = "learned"  # whether log sigma is trained, or stays 0
-    max_kl: float = 0.01  # delta
-    cg_iterations: int = 10  # of conjugate gradients
+    gae_lambda: float = 0.98  # lambda of GAE; 1: n-step returns
+    sigma: Literal["learned", "frozen"] = "learned"  # whether log sigma is trained, or stays 0
+    max_kl: float = 0.01  # the mean KL that a step should have (delta)
+    cg_iterations: int = 10  # iterations of conjugate gradients
     damping: float = 0.1  # this times the identity is added to F
-    fisher_every: int = 5  # F is that of every fifth row
-    backtracks: int = 10  # step sizes that the line search tries: 1, 1/2, 1/4, ...
-    value_epochs: int = 5
-    value_minibatch: int = 64
-    value_learning_rate: float = 1e-3  # Adam
+    fisher_every: int = 5  # F is computed from every k-th row; this is k
+    line_search_tries: int = 10  # step sizes that may be tried: 1, 1/2, 1/4, ...
+    value_epochs: int = 5  # passes over the batch that fit the value function
+    value_minibatch: int = 64  # rows of each of its steps
+    value_learning_rate: float = 1e-3  # its Adam step size
 
     @property
     def name(self) -> str:
         size = "" if self.hidden == 64 else f"-{self.hidden}"
-        return f"trpo-{self.std}{size}"
+        return f"trpo-{self.sigma}{size}"
 
 
 def trained_weights(agent: Agent, args: Args) -> nn.ParameterList:
     """The weights of the policy that an update may change."""
-    if args.std == "frozen":
+    if args.sigma == "frozen":
         return nn.ParameterList(agent.actor.parameters())
     return baselines.policy_of(agent)
-
-
-def mean_kl(agent: Agent, batch: Batch) -> Tensor:
-    """The mean KL[old, new] over the batch."""
-    return ppo.kl_between(batch["mean"], batch["log_std"], *agent.policy(batch["obs"])).mean()
 
 
 def surrogate(agent: Agent, batch: Batch) -> Tensor:
@@ -92,7 +87,7 @@ def surrogate(agent: Agent, batch: Batch) -> Tensor:
 def fisher_product(agent: Agent, batch: Batch, weights, damping: float) -> Callable:
     """The function v -> (F + damping I) v, for vectors [P].
 
-    The agent still has the old weights. There KL is 0 and has its minimum, so its Hessian is F.
+    Call it while the agent has the old weights: there the Hessian of the KL is F.
     """
     slope = flat_gradient(mean_kl(agent, batch), weights, create_graph=True)
 
@@ -103,7 +98,7 @@ def fisher_product(agent: Agent, batch: Batch, weights, damping: float) -> Calla
 
 
 def conjugate_gradient(product: Callable, b: Tensor, iterations: int) -> tuple[Tensor, float]:
-    """x with A x = b, where product(v) is A v; and the squared error that remains, |b - A x|^2.
+    """x with A x = b, where product(v) is A v; and the residual that is left, |b - A x|.
 
     Hestenes and Stiefel (1952).
     """
@@ -115,47 +110,48 @@ def conjugate_gradient(product: Callable, b: Tensor, iterations: int) -> tuple[T
         if square < 1e-10:
             break
         image = product(direction)
-        step = square / (direction @ image)
-        x += step * direction
-        residual -= step * image
+        length = square / (direction @ image)
+        x += length * direction
+        residual -= length * image
         before, square = square, residual @ residual
         direction = residual + square / before * direction
-    return x, square.item()
+    return x, square.sqrt().item()
 
 
 def trust_region_step(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
     """Change the policy by one step of TRPO, or not at all where no step size is accepted."""
     weights = trained_weights(agent, args)
-    gain = surrogate(agent, batch)
-    g = flat_gradient(gain, weights)
-    some = {name: x[:: args.fisher_every] for name, x in batch.items()}
-    product = fisher_product(agent, some, weights, args.damping)
+    old_surrogate = surrogate(agent, batch)
+    g = flat_gradient(old_surrogate, weights)
+    subset = {name: x[:: args.fisher_every] for name, x in batch.items()}
+    product = fisher_product(agent, subset, weights, args.damping)
     x, residual = conjugate_gradient(product, g, args.cg_iterations)
     step = (2 * args.max_kl / (x @ product(x))).sqrt() * x
-    # where g is 0, this is NaN, and no comparison below is true: nothing changes
+    # where g is 0, or nearly, x is 0 and this is NaN: no comparison below is true, nothing changes
 
     old = parameters_to_vector(weights).detach()
     with torch.no_grad():
-        for backtracks in range(args.backtracks):
+        for backtracks in range(args.line_search_tries):
             vector_to_parameters(old + 0.5**backtracks * step, weights)
-            new_gain = surrogate(agent, batch)
+            new_surrogate = surrogate(agent, batch)
             kl = mean_kl(agent, batch)
-            accepted = bool(kl <= 1.5 * args.max_kl and new_gain >= gain)
+            accepted = bool(kl <= 1.5 * args.max_kl and new_surrogate >= old_surrogate)
             if accepted:
                 break
     if not accepted:
         vector_to_parameters(old, weights)
-        new_gain = gain
+        new_surrogate = old_surrogate
     return {
-        "surrogate_gain": (new_gain - gain).item(),
-        "cg_residual": math.sqrt(residual),
+        "surrogate_gain": (new_surrogate - old_surrogate).item(),
+        "cg_residual": residual,
         "backtracks": backtracks,
         "accepted": float(accepted),
     }
 
 
 def make_optimizers(agent: Agent, args: Args) -> dict:
-    # one vector from the start, as every step will leave them: a resumed run rounds alike
+    # an accepted step leaves the weights as views of one vector: begin so, or a resumed run would
+    # round differently
     ppo.one_vector(trained_weights(agent, args))
     return {"value_optimizer": baselines.value_optimizer(agent, args.value_learning_rate)}
 
@@ -165,14 +161,7 @@ def learn(parts: dict, batch: Batch, state: dict, args: Args) -> tuple[dict, dic
     agent = parts["agent"]
     standardised = {"advantages": ppo.standardise(batch["advantages"])}
     losses = trust_region_step(agent, batch | standardised, args)
-    losses["value_loss"] = baselines.fit_value(
-        agent,
-        parts["value_optimizer"],
-        batch,
-        args.value_epochs,
-        args.value_minibatch,
-        parts["minibatch_rng"],
-    )
+    losses["value_loss"] = baselines.fit_value(parts, batch, args)
     return {}, losses
 
 

@@ -9,13 +9,14 @@ and after it, by how far the policy has moved, another step size for the next ba
     KL[old, new] > 2 d_targ:    step size / 1.5
     KL[old, new] < d_targ / 2:  step size x 1.5
 
-The paper says that the step size followed the KL by a rule similar to that of its Section 4, and
-names a homework of Berkeley's course (cs294-112, hw4), which has this rule. The nearest public
-code of that time is baselines' acktr_cont (August 2017). These settings are in the two: the
-rule, d_targ .002, a first step size of 1e-3 (the homework), gamma, lambda, batches of 2,500 steps,
-standardised advantages (both), a step size kept within [1e-8, 1] (acktr_cont, later). These are
-guesses: Adam where acktr_cont has K-FAC, batches of 2,500 steps where it has whole episodes, and a
-value function fitted as TRPO's in that repository.
+Then the value function is fitted. The advantages are standardised.
+
+The paper says: Adam, with a step size that follows the KL by a rule similar to that of Section 4.
+It names a homework of Berkeley's course (cs294-112, hw4), from which are the rule and the first
+step size, 1e-3. From OpenAI's acktr_cont (August 2017) are gamma and lambda; from its later version
+the limits of the step size, 1e-8 and 1. Both have d_targ .002, standardised advantages, and batches
+of whole episodes, 2,500 steps or more. These are guesses: exactly 2,500 steps, and a value function
+fitted as in OpenAI's TRPO.
 
     python benchmark/baselines/vpg.py --env-id Hopper-v4
 """
@@ -41,13 +42,12 @@ class Args(baselines.RolloutArgs):
 
     script: ClassVar[str] = "vpg"
 
-    num_steps: int = 2500
-    gae_lambda: float = 0.97
+    num_steps: int = 2500  # steps of each environment per update (T)
     learning_rate: float = 1e-3  # Adam's first step size
     kl_target: float = 0.002  # d_targ: how far an update should go
-    value_epochs: int = 5
-    value_minibatch: int = 64
-    value_learning_rate: float = 1e-3  # Adam
+    value_epochs: int = 5  # passes over the batch that fit the value function
+    value_minibatch: int = 64  # rows of each of its steps
+    value_learning_rate: float = 1e-3  # its Adam step size
 
 
 def adapt_step_size(learning_rate: float, kl: float, kl_target: float) -> float:
@@ -79,19 +79,11 @@ def learn(parts: dict, batch: Batch, state: dict, args: Args) -> tuple[dict, dic
 
     learning_rate = group["lr"]
     with torch.no_grad():
-        new = agent.policy(batch["obs"])
-        kl = ppo.kl_between(batch["mean"], batch["log_std"], *new).mean().item()
+        kl = baselines.mean_kl(agent, batch).item()
     group["lr"] = adapt_step_size(learning_rate, kl, args.kl_target)
-    value_loss = baselines.fit_value(
-        agent,
-        parts["value_optimizer"],
-        batch,
-        args.value_epochs,
-        args.value_minibatch,
-        parts["minibatch_rng"],
-    )
     losses = {"policy_loss": loss.item(), "grad_norm": weights.grad.norm().item()}
-    return {"learning_rate": learning_rate}, losses | {"value_loss": value_loss}
+    losses["value_loss"] = baselines.fit_value(parts, batch, args)
+    return {"learning_rate": learning_rate}, losses
 
 
 parse_args = partial(baselines.parse_args, Args)
