@@ -659,9 +659,9 @@ def test_flags_that_do_not_exist_get_the_box_of_the_script(tmp_path, monkeypatch
     assert not list(tmp_path.rglob("*.csv")) and not (tmp_path / "runs").exists()
 
 
-COMMITTED = {  # folder -> its flags
-    "table1-bootstrapped": ("paper", ["--bootstrap-truncated"]),
-    "table1-modern": ("modern", []),
+COMMITTED = {  # folder -> its flags, its seeds
+    "table1-bootstrapped": ("paper", ["--bootstrap-truncated"], ["1", "2", "3"]),
+    "table1-modern": ("modern", [], ["1", "2", "3", "4", "5"]),
 }
 
 
@@ -671,17 +671,17 @@ def test_a_committed_table_lacks_nothing_and_takes_no_run_of_another_meaning(
 ):
     """Its commands say `--preset paper`, which bootstrapped at that time."""
     monkeypatch.chdir(tmp_path)
-    preset, more = COMMITTED[name]
+    preset, more, seeds = COMMITTED[name]
     shutil.copytree(ROOT / "benchmark/results" / name, tmp_path / "mine")
     planned = []
     monkeypatch.setattr(sweep, "run", lambda calls, *_: planned.extend(calls))
     monkeypatch.setattr(table1, "report", lambda *_: None)
-    flags = ["--preset", preset, "--results", "mine", "--seeds", "1", "2", "3"]
+    flags = ["--preset", preset, "--results", "mine", "--seeds", *seeds]
     table1.main([*flags, "--", *more])
     assert planned == []
-    table1.main([*flags, "4", "--tasks", "Hopper", "--", *more])
+    table1.main([*flags, "9", "--tasks", "Hopper", "--", *more])
     assert all(args.bootstrap_truncated for call in planned for args in call.crowd)
-    assert {args.seed for call in planned for args in call.crowd} == {4}
+    assert {args.seed for call in planned for args in call.crowd} == {9}
     with pytest.raises(UserError, match="holds runs of other settings"):
         table1.main([*flags, "--", "--no-bootstrap-truncated"])
     table = sweep.Table(tmp_path / "mine", LAYOUT)
