@@ -81,6 +81,15 @@ class RolloutArgs(Args):
         return math.ceil(self.total_timesteps / self.batch_size)
 
 
+@dataclass
+class FittedArgs(RolloutArgs):
+    """The further flags of those that fit the value function on its own: fit_value()."""
+
+    value_epochs: int = 5  # passes over the batch that fit the value function
+    value_minibatch: int = 64  # rows of each of its steps
+    value_learning_rate: float = 1e-3  # its Adam step size
+
+
 LIMITS = {  # of the flags of all algorithms
     (0, 2**31 - 1): ["seed"],
     (1, 10**12): ["total_timesteps"],
@@ -201,7 +210,7 @@ def value_optimizer(agent: ppo.Agent, learning_rate: float) -> torch.optim.Adam:
     return torch.optim.Adam([ppo.one_vector(agent.critic)], learning_rate, fused=True)
 
 
-def fit_value(parts: dict, batch: Batch, args: RolloutArgs) -> float:
+def fit_value(parts: dict, batch: Batch, args: FittedArgs) -> float:
     """Fit V to batch["returns"]. Returns the mean loss of the minibatches.
 
     Every epoch shuffles the rows, and drops those that fill no minibatch, as OpenAI's baselines do.

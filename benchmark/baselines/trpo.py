@@ -49,7 +49,7 @@ from ppo_continuous import Agent, UserError  # noqa: F401  for benchmark/sweep.p
 
 
 @dataclass
-class Args(baselines.RolloutArgs):
+class Args(baselines.FittedArgs):
     """TRPO for continuous actions."""
 
     script: ClassVar[str] = "trpo"
@@ -61,9 +61,6 @@ class Args(baselines.RolloutArgs):
     damping: float = 0.1  # this times the identity is added to F
     fisher_every: int = 5  # F is computed from every k-th row; this is k
     line_search_tries: int = 10  # step sizes that may be tried: 1, 1/2, 1/4, ...
-    value_epochs: int = 5  # passes over the batch that fit the value function
-    value_minibatch: int = 64  # rows of each of its steps
-    value_learning_rate: float = 1e-3  # its Adam step size
 
     @property
     def name(self) -> str:

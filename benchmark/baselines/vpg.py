@@ -37,7 +37,7 @@ from ppo_continuous import Agent, UserError  # noqa: F401  for benchmark/sweep.p
 
 
 @dataclass
-class Args(baselines.RolloutArgs):
+class Args(baselines.FittedArgs):
     """Vanilla policy gradient for continuous actions, with an adaptive step size."""
 
     script: ClassVar[str] = "vpg"
@@ -45,9 +45,6 @@ class Args(baselines.RolloutArgs):
     num_steps: int = 2500  # steps of each environment per update (T)
     learning_rate: float = 1e-3  # Adam's first step size
     kl_target: float = 0.002  # d_targ: how far an update should go
-    value_epochs: int = 5  # passes over the batch that fit the value function
-    value_minibatch: int = 64  # rows of each of its steps
-    value_learning_rate: float = 1e-3  # its Adam step size
 
 
 def adapt_step_size(learning_rate: float, kl: float, kl_target: float) -> float:
