@@ -1309,6 +1309,7 @@ class Run:
     task: {"env_id": ...}. who: {"seed": ..., "objective": ...}, which every row of a CSV repeats.
     """
 
+    script = Path(__file__).stem  # whose run it is; in benchmark/ there are other files with runs
     hide_bar = None  # as tqdm takes it: hide it where there is no terminal
     own_checkpoint = True  # benchmark/lockstep.py has one for all of its runs
 
@@ -1326,7 +1327,7 @@ class Run:
         self.seconds = self.seconds_before  # until the end of the last update
         self.sps = saved["sps"] if saved else None
         self.warm = None  # time and step when the first update, which may compile, was over
-        name = f"{self.title}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{self.title}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         path = args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}")
         if not args.run_dir and Path(path).exists():  # two short runs in one second
             path += f"-{time.time_ns() % 10**9}"
@@ -1378,7 +1379,7 @@ class Run:
         packages = ("torch", "numpy", "gymnasium", "envpool", "tyro")
         versions = {name: version(name) for name in packages if name in sys.modules}
         config = {
-            "script": Path(__file__).stem,
+            "script": self.script,
             "args": self.flags,
             "versions": versions | {"python": sys.version.split()[0]},
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -1400,7 +1401,7 @@ class Run:
     def check_still(self, saved: dict) -> None:
         """Raises UserError where the run has gone on since `saved` was read, before the lock."""
         path = self.path / "checkpoint.pt"
-        if path.exists() and load_checkpoint(path)["state"] != saved["state"]:
+        if path.exists() and load_checkpoint(path, self.script)["state"] != saved["state"]:
             raise UserError(f"{self.shown} has gone on meanwhile; --resume it again")
 
     def saving_work(self, state: dict, parts: dict):
@@ -1460,7 +1461,7 @@ class Run:
 
     def checkpoint(self, state: dict, parts: dict) -> dict:
         """What --resume needs: the state of the loop and of every part, the lengths of the CSVs."""
-        saved = {"script": Path(__file__).stem, "args": self.flags, "state": state}
+        saved = {"script": self.script, "args": self.flags, "state": state}
         saved |= {"recent": self.recent, "seconds": self.seconds, "sps": self.sps, "lengths": {}}
         with writing(self.path):
             for name, file in self.files.items():

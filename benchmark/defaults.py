@@ -10,8 +10,8 @@ what `--preset modern` says. The final runs show it on all seven tasks with seed
 the search does not have.
 
 The setting of two changes did best in the search, and was the default from commit fd3fd4c to
-d005031. Its runs on all tasks, with the same ten seeds, took that back. They are in candidate/. To
-make them again: check fd3fd4c out, and run the second command there with --results mine.
+d005031. Its runs on all tasks, with the same ten seeds, showed that it is not better. They are in
+candidate/. To make them again: `git checkout fd3fd4c`, and the second command with --results mine.
 
 Every command names all that the search changes, so that it means the same whatever the defaults
 are. Where no flag does, a worker changes the text of the script, as benchmark/collapse.py does.
@@ -132,18 +132,19 @@ def plan(
 ) -> list[Call]:
     """A call for each setting and task, with the seeds that the table lacks of it.
 
-    Raises UserError where a run of the table had other flags.
+    names: of SETTINGS. settings: the flags of all runs. Raises UserError where a run of the table
+    had other flags.
     """
     for name, command in table.runs[["setting", "command"]].drop_duplicates().to_numpy():
         if " ".join([*settings, *flags_of(name), "--run-dir"]) not in command:
             what = f"{table.folder} holds runs of other settings: {command}"
             raise UserError(f"{what}; give other --results")
-    calls = []
+    calls, done = [], table.cells
     for name, task in itertools.product(names, tasks):
-        missing = [str(seed) for seed in seeds if (task, name, seed) not in table.cells]
+        missing = [str(seed) for seed in seeds if (task, name, seed) not in done]
         if missing:
             flags = [*grids.environment(task), "--seeds", *missing, *settings, *flags_of(name)]
-            folder = f"runs/defaults/{name}/{task}__{'-'.join(missing)}"
+            folder = f"{sweep.runs_of(table.folder)}/{name}/{task}__{'-'.join(missing)}"
             flags += ["--run-dir", folder]
             calls.append(Call("benchmark.lockstep", tuple(flags), {"setting": name}))
     return calls
@@ -153,9 +154,15 @@ def answer(call: Call, layout: Layout, mine: list[int], pipe: Connection) -> Non
     """sweep.answer, in a process of its own, with the text of the call's setting."""
     setting = SETTINGS.get(call.labels["setting"])
     if setting is not None and setting.changes:
-        script, crowd = grids.altered(setting.changes)
-        sys.modules.update({"ppo_continuous": script, "benchmark.lockstep": crowd})
+        grids.use(*grids.altered(setting.changes))
     sweep.answer(call, layout, mine, pipe)
+
+
+def complete(folder: Path, names: list[str], tasks, seeds, settings: list[str], engine) -> None:
+    """Run what the CSVs of this folder lack. Raises UserError."""
+    with sweep.alone(folder):
+        table = Table(folder, LAYOUT)
+        sweep.run(plan(names, tasks, seeds, settings, table), engine, lambda call: table)
 
 
 # -------------------------------------------------------------------------------------- REPORT
@@ -222,8 +229,8 @@ def tell_search(folder: Path) -> str:
     return f"""## The search
 
 {markdown(rows)}
-{len(tasks)} tasks x {len(seeds)} seeds, 1M steps. In each cell: the interquartile mean of the \
-last 100 training
+{len(tasks)} tasks x {len(seeds)} seeds. In each cell: the interquartile mean of the last 100 \
+training
 episodes, and the mean greedy return at the end. Effect: on the mean normalised score, against \
 the centre; 0 is the
 untrained Gaussian policy and 1 the best run of the task among settings with all runs; bootstrap \
@@ -231,7 +238,8 @@ intervals. Gaits: the HalfCheetahs whose last 100 episodes are above \
 {PLATEAU:,}; the others stay on
 a plateau. The defaults are those
 of `{CHOSEN}`.
-{missing}
+{missing}{grids.tell_frozen(runs, list(LAYOUT.key))}
+
 Every run, sorted:
 
 {markdown(every)}
@@ -267,19 +275,19 @@ def tell_final(folder: Path) -> str:
     draw(folder / "final.png", table.curves)
     said = [verdict["ours is"] for verdict in verdicts]
     higher = sum(verdict["our mean is"] == "higher" for verdict in verdicts)
-    counts = [f"{word} on {said.count(word)}" for word in sorted(set(said))]
     sources = []
     for row in public.drop_duplicates("source").itertuples():
         sources.append(f"- {row.source}: {row.how}; {row.url}")
     return f"""## The defaults, with seeds that the search does not have
 
 {markdown(rows)}
-The defaults of `ppo_continuous.py`, 1M steps, ten agents side by side on EnvPool. Last 100: \
-training episodes, sampled
+The defaults of `ppo_continuous.py`. Last 100: training episodes, sampled
 actions. Greedy: 20 episodes at the end. Highest mean of the run: the largest, over the run, of \
 the mean over seeds of the
-last 100 episodes, which is how a maximum is published. Others' figures, of other versions of the \
-tasks (-v2, -v3):
+last 100 episodes, which is how a maximum is published. \
+{grids.tell_frozen(table.runs, ["env_id", "seed"])}
+
+Others' figures; not all of them are of -v4:
 
 {chr(10).join(sources)}
 
@@ -287,7 +295,8 @@ tasks (-v2, -v3):
 
 Greedy returns at the end against the ten seeds of Tianshou at 983k steps, by Welch's t test from \
 means and deviations.
-Of the {len(said)} tasks, our mean is higher on {higher}; ours are {", ".join(counts)}.
+Our mean is higher on {higher} of {len(said)} tasks; by the test, it is better on \
+{said.count("better")}, worse on {said.count("worse")}.
 
 {markdown(verdicts)}
 {sweep.origin(table.runs)}"""
@@ -308,6 +317,7 @@ def tell_candidate(folder: Path) -> str:
         row["the candidate is"], row["p"] = welch(moments(theirs), moments(ours))
         rows.append(row)
     said = [row["the candidate is"] for row in rows]
+    frozen = grids.tell_frozen(runs[1], ["env_id", "seed"])
     return f"""## The best of the search, on all tasks
 
 `{CANDIDATE}` and the defaults with the same seeds, returns of the last 100 episodes. p: Welch's t \
@@ -317,6 +327,8 @@ the number of tasks. The candidate is better on {said.count("better")} and worse
 shown.
 
 {markdown(rows)}
+Of the candidate: {frozen[0].lower()}{frozen[1:]}
+
 {sweep.origin(runs[1])}
 In that commit `--preset modern` meant `{CANDIDATE}`.
 """
@@ -330,11 +342,14 @@ def moments(x: np.ndarray) -> tuple[float, float, int]:
 def welch(mine: tuple[float, float, int], theirs: tuple[float, float, int]) -> tuple[str, str]:
     """moments() of two samples -> whether the first is better, or worse, at the level of 5%; p.
 
-    By Welch's t test. Where no run differs from another it has no t: then the means say it.
+    By Welch's t test, which needs two of each. Where no run differs from another it has no t: then
+    the means say it.
     """
+    if min(mine[2], theirs[2]) < 2:
+        return "one run only", ""
     first, second = ((mean, max(deviation, 1e-6), n) for mean, deviation, n in (mine, theirs))
     p = stats.ttest_ind_from_stats(*first, *second, equal_var=False).pvalue
-    word = "equal within intervals"
+    word = "no difference shown"
     if p < 0.05:
         word = "better" if mine[0] > theirs[0] else "worse"
     return word, f"{p:.2g}"
@@ -395,19 +410,24 @@ def main(argv: list[str]) -> None:
     sweep.add_flags(parser, jobs=None)
     args = parser.parse_args(argv)
     if not args.report:
-        where = args.results / ("search" if args.search else "final")
-        names = args.settings if args.search else [FINAL]
-        tasks = args.tasks or (SEARCHED if args.search else TASKS)
-        seeds = args.seeds or list(SEARCH_SEEDS if args.search else FINAL_SEEDS)
         settings = grids.common_flags("modern", args.total_timesteps, [])
-        calls = plan(names, tasks, seeds, settings, Table(where, LAYOUT))
-        if args.search:
-            scale = [*settings, "--log-std=0"]  # the same 0 of the scale, whatever the defaults are
-            grids.measure(Grid(tasks, [], seeds), scale, args.results / "random.csv")
         engine = sweep.choose_engine(args, len(sweep.CORES))
         if args.engine == "local":
             engine = partial(engine, target=answer)
-        sweep.complete(where, LAYOUT, calls, engine)
+        if args.search:
+            tasks, seeds = args.tasks or SEARCHED, args.seeds or list(SEARCH_SEEDS)
+            if not set(tasks) <= set(SEARCHED):
+                raise UserError(f"the search is on {' '.join(SEARCHED)} alone")
+            altered = [name for name in args.settings if SETTINGS[name].changes]
+            if args.engine == "ray" and altered:
+                what = "Ray's workers run the script as it is; leave out --settings"
+                raise UserError(f"{what} {' '.join(altered)}")
+            scale = [*settings, "--log-std=0"]  # the same 0 of the scale, whatever the defaults are
+            grids.measure(Grid(tasks, [], seeds), scale, args.results / "random.csv")
+            complete(args.results / "search", args.settings, tasks, seeds, settings, engine)
+        else:
+            tasks, seeds = args.tasks or TASKS, args.seeds or list(FINAL_SEEDS)
+            complete(args.results / "final", [FINAL], tasks, seeds, settings, engine)
     report(args.results)
     print(args.results / "summary.md")
 

@@ -10,12 +10,14 @@ runs.csv. There is one such process on each core. If this command is stopped, gi
 on from the last checkpoints and ends with the same numbers. PPO is not run here: its rows are those
 of clip:0.2 in benchmark/results/table1/, whatever seeds are there.
 
+After the grid come experiments: an algorithm with one thing changed, on the task where it is far
+from the paper. EXPERIMENTS lists them; each is run where its algorithm and its task are asked for.
+
 Results are benchmark/results/figure3/: runs.csv and curves.csv, from which the report makes
 summary.md and the pictures. The report lists the runs that are missing.
 """
 
 import itertools
-import json
 import re
 import sys
 from pathlib import Path
@@ -51,6 +53,38 @@ ALGORITHMS = {
     "cem": Algorithm("cem", "", "CEM", "CEM", "CEM"),
 }
 WITH_PPO = {"ppo": PPO} | ALGORITHMS
+
+
+class Experiment(NamedTuple):
+    base: str  # a key of ALGORITHMS
+    task: str
+    flags: str  # what is different
+    what: str
+
+
+EXPERIMENTS = {
+    "trpo-frozen-discount": Experiment(
+        "trpo-frozen",
+        "Hopper-v4",
+        "--gamma 0.995 --gae-lambda 0.97",
+        "gamma 0.995 and lambda 0.97, which modular_rl has",
+    ),
+    "a2c-step-size": Experiment(
+        "a2c",
+        "InvertedDoublePendulum-v4",
+        "--learning-rate 0.0021",
+        "three times the step size",
+    ),
+    "a2c-tr-step-size": Experiment(
+        "a2c-tr",
+        "InvertedDoublePendulum-v4",
+        "--learning-rate 0.0021",
+        "three times the step size",
+    ),
+    "cem-unclipped": Experiment(
+        "cem", "Reacher-v4", "--no-clip-actions", "actions are not clipped, as in modular_rl"
+    ),
+}
 PAPER = ["PPO (clip)", "TRPO", "Vanilla PG adaptive", "A2C", "A2C + TR", "CEM"]
 OTHERS = ["vpg", "a2c", "a2c-tr", "cem"]
 LINE_UPS = {"frozen": ["ppo", "trpo-frozen", *OTHERS], "learned": ["ppo", "trpo-learned", *OTHERS]}
@@ -81,7 +115,7 @@ LAYOUT = Layout(
         "action_std": "charts/action_std",
         "learning_rate": "charts/learning_rate",
     },
-    order={"env_id": TASKS, "algorithm": list(WITH_PPO)},
+    order={"env_id": TASKS, "algorithm": [*WITH_PPO, *EXPERIMENTS]},
     measure=measure,
 )
 
@@ -98,11 +132,21 @@ class Grid(NamedTuple):
     def cells(self) -> list[tuple[str, str, int]]:
         return list(itertools.product(*self))
 
+    @property
+    def experiments(self) -> list[tuple[str, str, int]]:
+        """Cells, too: of the experiments with these tasks and algorithms."""
+        found = []
+        for name, experiment in EXPERIMENTS.items():
+            if experiment.base in self.algorithms and experiment.task in self.tasks:
+                found += [(experiment.task, name, seed) for seed in self.seeds]
+        return found
+
 
 def call_of(cell: tuple[str, str, int], total_timesteps: int, runs: str) -> Call:
     task, name, seed = cell
-    algorithm = ALGORITHMS[name]
-    flags = [*grids.environment(task), *algorithm.flags.split(), "--seed", str(seed)]
+    more = EXPERIMENTS[name].flags.split() if name in EXPERIMENTS else []
+    algorithm = ALGORITHMS[EXPERIMENTS[name].base if name in EXPERIMENTS else name]
+    flags = [*grids.environment(task), *algorithm.flags.split(), *more, "--seed", str(seed)]
     flags += [
         "--total-timesteps",
         str(total_timesteps),
@@ -120,15 +164,15 @@ def flags_of(command: str) -> str:
 def plan(grid: Grid, table: sweep.Table, total_timesteps: int) -> list[Call]:
     """The calls for all cells that the table lacks, those of the first seeds first.
 
-    Raises UserError where a cell is there that was made with other flags.
+    Experiments are last. Raises UserError where a cell is there that was made with other flags.
     """
-    made = table.runs.set_index(list(LAYOUT.key))["command"]
+    made = table.by_key()["command"]
     calls = []
-    for cell in sorted(grid.cells, key=lambda cell: cell[2]):
-        call = call_of(cell, total_timesteps, f"runs/{table.folder.name}")
-        if cell not in table.cells:
+    for cell in [*sorted(grid.cells, key=lambda cell: cell[2]), *grid.experiments]:
+        call = call_of(cell, total_timesteps, sweep.runs_of(table.folder))
+        if cell not in made.index:
             calls.append(call)
-        elif flags_of(made[cell[0], cell[1], str(cell[2])]) != flags_of(call.command):
+        elif flags_of(made[cell]) != flags_of(call.command):
             what = f"{table.folder} holds a run of other settings than {call.command}"
             raise UserError(f"{what}; give other --results")
     return calls
@@ -147,14 +191,9 @@ def read_ppo(folder: Path) -> sweep.Rows:
 
     Raises UserError where they have other details: those of the paper's time are compared here.
     """
-    found = []
-    for name in ("runs.csv", "curves.csv"):
-        rows = pd.DataFrame(columns=[*grids.LAYOUT.columns, "global_step", "episodic_return"])
-        if (folder / name).exists():
-            rows = sweep.read(folder / name)
-        rows = rows[rows["objective"] == "clip:0.2"]
-        found.append(rows.assign(algorithm="ppo"))
-    ppo = sweep.Rows(*found)
+    table = sweep.Table(folder, grids.LAYOUT)
+    found = [rows[rows["objective"] == "clip:0.2"] for rows in (table.runs, table.curves)]
+    ppo = sweep.Rows(*(rows.assign(algorithm="ppo") for rows in found))
     if not ppo.runs["bootstrap_truncated"].eq("False").all():
         what = f"the runs of {folder} go on at a time limit, those of the others end there"
         raise UserError(f"{what}; give another --ppo")
@@ -215,9 +254,8 @@ def ranks_of_ppo(returns: list[np.ndarray], rng: np.random.Generator) -> tuple[i
 
 
 # ---------------------------------------------------------------------------------------- REPORT
-def tell_missing(runs: pd.DataFrame, grid: Grid, seeds_of_ppo: dict[str, int]) -> str:
-    """How many of the runs are in, and which are not."""
-    there = set(zip(runs["env_id"], runs["algorithm"], runs["seed"].astype(int), strict=True))
+def tell_missing(there: set[tuple], grid: Grid, seeds_of_ppo: dict[str, int]) -> str:
+    """How many of the runs are in, and which are not. there: the cells of all runs."""
     tasks_without = {}  # (algorithm, seeds) -> tasks
     for task, name in itertools.product(grid.tasks, grid.algorithms):
         seeds = [str(seed) for seed in grid.seeds if (task, name, seed) not in there]
@@ -230,8 +268,12 @@ def tell_missing(runs: pd.DataFrame, grid: Grid, seeds_of_ppo: dict[str, int]) -
     if without_ppo:
         missing += f"- PPO, which benchmark/table1.py runs: {', '.join(without_ppo)}\n"
 
+    for task, name, seed in grid.experiments:
+        if (task, name, seed) not in there:
+            missing += f"- the experiment `{name}`, seed {seed}: {task}\n"
+
     count = sum(cell in there for cell in grid.cells)
-    more = len(there) - count
+    more = sum(name in ALGORITHMS for _, name, _ in there) - count
     text = f"{len(grid.tasks)} tasks x {len(grid.algorithms)} algorithms x {len(grid.seeds)} seeds"
     if count == len(grid.cells):
         text = f"All {count} runs are in: {text}."
@@ -330,6 +372,11 @@ and in brackets how many there are in the draws.
 """
 
 
+def source_of(column: str) -> str:
+    """Of a column of published()."""
+    return f"the paper, {column}" if column in PAPER else column
+
+
 def tell_disagreements(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
     """Where each algorithm ends farthest from the paper's curve, or from a result of other code."""
     table = []
@@ -346,7 +393,7 @@ def tell_disagreements(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
             row = {"algorithm": f"`{name}`", "task": task}
             row["ours"] = with_interval(returns[task, name], len(grid.seeds))
             row["theirs"] = number(ends.loc[task, theirs])
-            row["compared with"] = f"the paper, {theirs}" if theirs in PAPER else theirs
+            row["compared with"] = source_of(theirs)
             table.append(row | {"apart": f"{far[task]:+.0%}"})
     if not table:
         return ""
@@ -355,6 +402,31 @@ def tell_disagreements(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
 Apart: ours minus theirs, in percent of the distance between the paper's best and worst algorithm \
 on that task. TRPO with a
 learned sigma is compared with OpenAI's code of 2018 (-v2, networks of 32-32).
+
+{markdown(table)}
+"""
+
+
+def tell_experiments(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
+    """Every experiment that has run, beside its algorithm and the paper."""
+    table = []
+    for name, experiment in EXPERIMENTS.items():
+        task, base = experiment.task, experiment.base
+        if (task, name) not in returns:
+            continue
+        row = {"experiment": f"`{name}`", "task": task, "what is different": experiment.what}
+        row["with it"] = with_interval(returns[task, name], len(grid.seeds))
+        row["without it"] = ""
+        if (task, base) in returns:
+            row["without it"] = with_interval(returns[task, base], len(grid.seeds))
+        theirs = ALGORITHMS[base].theirs
+        row["theirs"] = number(ends.loc[task, theirs])
+        table.append(row | {"compared with": source_of(theirs)})
+    if not table:
+        return ""
+    return f"""## Experiments on disagreements
+
+One thing changed, on a task where the algorithm ends far from the paper.
 
 {markdown(table)}
 """
@@ -449,7 +521,7 @@ KL[old, new] of an update: median, and in brackets the largest of all.
 
 {markdown(table)}
 """
-    projected = sweep.numbers(runs["projected"]).dropna()
+    projected = sweep.numbers(runs["projected"][runs["algorithm"] == "a2c-tr"]).dropna()
     if len(projected):
         share, most = projected.mean(), projected.max()
         text += f"The trust region of `a2c-tr` changes the gradient in {share:.2%} of all states, "
@@ -457,7 +529,7 @@ KL[old, new] of an update: median, and in brackets the largest of all.
     return text
 
 
-def tell_origin(runs: pd.DataFrame) -> str:
+def tell_origin(runs: pd.DataFrame, ppo_folder: Path) -> str:
     """Commands, one for each algorithm; time, versions."""
     text = "## Where this is from\n\n"
     same = r"--env-id \S+|--seed \d+|--run-dir \S+"
@@ -471,14 +543,11 @@ def tell_origin(runs: pd.DataFrame) -> str:
     text += f"\nThese runs trained for {hours:.2f} hours in all, "
     text += f"{sweep.on_the_clock(runs) / 3600:.2f} on the clock where none was interrupted. "
     names = ("started", "python", *PACKAGES, "git_commit", "cpu", "cores")
-    text += sweep.listed(runs, names) + ". PPO's runs are in benchmark/results/table1/.\n"
-    return text
+    return text + sweep.listed(runs, names) + f". PPO's runs are in {ppo_folder.name}/.\n"
 
 
 def draw(folder: Path, points: pd.DataFrame, grid: Grid) -> None:
     """curves.png, a panel per task as in the paper; beside.png, one per task and algorithm."""
-    figure3 = json.loads((ROOT / "benchmark/paper/figure3_mujoco_curves.json").read_text())
-    points = points.assign(episodic_return=sweep.numbers(points["episodic_return"]))
     curves = plot.gather(points, "env_id", "algorithm", "episodic_return")
     lines = list(WITH_PPO)
 
@@ -506,40 +575,46 @@ def draw(folder: Path, points: pd.DataFrame, grid: Grid) -> None:
     panels = itertools.product(grid.tasks, columns.items())
     for ax, (task, (title, names)) in zip(axes, panels, strict=True):
         plot.curves(ax, mine(task, names), lines)
-        theirs = figure3.get(task.replace("-v4", "-v1"), {}).get(WITH_PPO[names[0]].curve)
-        if theirs:
-            ax.plot(*np.array(theirs["line"]).T, "--", color="0.4", linewidth=1, label="the paper")
+        for theirs in grids.paper_curve(task, WITH_PPO[names[0]].curve):
+            ax.plot(*theirs, "--", color="0.4", linewidth=1, label="the paper")
         first_row, first_column = task == grid.tasks[0], names[0] == "ppo"
         ax.set(xlabel="", ylabel=task if first_column else "", title=title if first_row else "")
     plot.legend(figure, "upper", ncols=9, fontsize="small")
     figure.savefig(folder / "beside.png", dpi=90)
 
 
-def report(folder: Path, ppo_folder: Path, grid: Grid) -> None:
+def report(folder: Path, ppo_folder: Path, asked: Grid) -> None:
     """Write summary.md and the pictures from the CSVs; the same CSVs give the same bytes.
 
-    Raises UserError where there is no run.
+    Of the grid that is asked for, and of the tasks and algorithms that are there besides. Raises
+    UserError where there is no run.
     """
     table = sweep.Table(folder, LAYOUT)
-    runs = table.runs[table.runs["env_id"].isin(grid.tasks)]
-    runs = runs[runs["algorithm"].isin(grid.algorithms)]
+    runs = table.runs
     if runs.empty:
         raise UserError(f"{folder / 'runs.csv'} has no run yet; run figure3.py without --report")
+    there = [name for name in runs["algorithm"] if name in ALGORITHMS]
+    grid = Grid(
+        sweep.known_first([*asked.tasks, *runs["env_id"]], TASKS),
+        sweep.known_first([*asked.algorithms, *there], list(ALGORITHMS)),
+        asked.seeds,
+    )
     ppo = read_ppo(ppo_folder)
     returns = returns_of(pd.concat([ppo.runs, runs], ignore_index=True))
     ends = published()
     text = "# Figure 3\n\n"
-    text += tell_missing(runs, grid, ppo.runs.groupby("env_id").size().to_dict())
+    text += tell_missing(table.cells, grid, ppo.runs.groupby("env_id").size().to_dict())
     text += (
         "Every run is a row of [runs.csv](runs.csv), its curve is in [curves.csv](curves.csv).\n\n"
     )
     text += tell_returns(returns, grid, ends)
     text += tell_ranks(returns, grid, ends)
     text += tell_disagreements(returns, grid, ends)
+    text += tell_experiments(returns, grid, ends)
     text += tell_others(returns, grid, ends)
     text += tell_generations(runs, grid)
     text += tell_updates(runs, grid)
-    text += tell_origin(runs)
+    text += tell_origin(runs, ppo_folder)
     draw(folder, pd.concat([ppo.curves, table.curves]), grid)
     (folder / "summary.md").write_text(text)
 
@@ -559,9 +634,8 @@ def main(argv: list[str]) -> None:
     add("--ppo", type=Path, default=ROOT / "benchmark/results/table1", help=what)
     sweep.add_flags(parser, jobs=None)
     args = parser.parse_args(argv)
-    tasks = [task if "-v" in task else f"{task}-v4" for task in args.tasks]
     grid = Grid(
-        sweep.known_first(tasks, TASKS),
+        sweep.known_first(map(grids.with_version, args.tasks), TASKS),
         sweep.known_first(args.algorithms, list(ALGORITHMS)),
         sorted(set(args.seeds)),
     )

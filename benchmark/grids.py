@@ -33,8 +33,8 @@ NAMES = "HalfCheetah Hopper InvertedDoublePendulum InvertedPendulum Reacher Swim
 TASKS = [f"{name}-v4" for name in NAMES.split()]  # the nearest there is to the paper's -v1
 PAPER = pd.read_csv(ROOT / "benchmark/paper/table1.csv", index_col="objective")  # its Table 1
 OBJECTIVES = list(PAPER.index)
-ORDER = {"env_id": TASKS, "objective": OBJECTIVES}  # the paper's, and what it has not after it
-TOGETHER = 44  # agents in one process; more would take over an hour
+ORDER = {"env_id": TASKS, "objective": OBJECTIVES}  # the paper's order; other names follow
+TOGETHER = 44  # agents in one process, at most: so a call takes about an hour
 EPISODES = 100  # of each untrained policy
 POLICIES = ["uniform", "gaussian"]
 
@@ -66,10 +66,15 @@ LAYOUT = Layout(
 )
 
 
-def paper_curve(task: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """PPO's curve in Figure 3: steps and returns, as plot.Groups has them; [] where it has none."""
+def with_version(task: str) -> str:
+    """A task without a version is -v4."""
+    return task if "-v" in task else f"{task}-v4"
+
+
+def paper_curve(task: str, algorithm: str = "PPO(Clip)") -> list[tuple[np.ndarray, np.ndarray]]:
+    """A curve of Figure 3: steps and returns, as plot.Groups has them; [] where it has none."""
     figure3 = json.loads((ROOT / "benchmark/paper/figure3_mujoco_curves.json").read_text())
-    points = figure3.get(task.replace("-v4", "-v1"), {}).get("PPO(Clip)", {}).get("line")
+    points = figure3.get(task.replace("-v4", "-v1"), {}).get(algorithm, {}).get("line")
     return [tuple(np.array(points).T)] if points else []
 
 
@@ -107,9 +112,9 @@ def common_flags(preset: str, total_timesteps: int, more: list[str]) -> list[str
 def plan(grid: Grid, done: set, settings: list[str], runs: str) -> list[Call]:
     """The calls for all cells of the grid that are not `done`, those of the first seeds first.
 
-    A call has one task, and whole seeds: so many that it has at most TOGETHER agents, or one. The
-    same missing cells give the same call, with the same folder. Raises UserError for flags that
-    make no sense.
+    A call has one task, and all missing objectives of some seeds: as many seeds as fit into
+    TOGETHER agents, but at least one. The same missing cells give the same call, with the same
+    folder. Raises UserError for flags that make no sense.
     """
     calls = []
     for task in grid.tasks:
@@ -135,20 +140,34 @@ def check(table: Table, settings: list[str], earlier: list[str] | None = None) -
     wanted = str(parse(settings)[0].bootstrap_truncated)
     commands = table.runs[["command", "bootstrap_truncated"]].drop_duplicates()
     for command, bootstrapped in commands.itertuples(index=False):
-        flags, today = settings, command
         if is_earlier(command):
-            flags = earlier or settings
             was = r"--preset paper --total-timesteps \d+"
             today = re.sub(was, r"\g<0> --bootstrap-truncated", command)
-        same = bootstrapped == ("True" if is_earlier(command) else wanted)
-        if not same or f" {' '.join(flags)} --run-dir" not in today:
+            same = f" {' '.join(earlier or settings)} --run-dir" in today
+            same = same and bootstrapped == "True"
+        else:
+            same = f" {' '.join(settings)} --run-dir" in command and bootstrapped == wanted
+        if not same:
             what = f"{table.folder} holds runs of other settings: {command}"
-            raise UserError(f"{what}; give other --results")
+            raise UserError(f"{what}; give the flags of these runs, or other --results")
 
 
 def is_earlier(command: str) -> bool:
     """Whether a run is of the time when ppo_continuous.py trained crowds itself."""
     return command.startswith("python ppo_continuous.py")
+
+
+def tell_frozen(runs: pd.DataFrame, names: list[str]) -> str:
+    """Which runs met a number that was not finite. names: the columns that tell runs apart."""
+    frozen = runs[runs["diverged_at"] != ""]
+    if frozen.empty:
+        return f"None of the {len(runs)} runs met a number that was not finite."
+    places = []
+    for row in frozen.to_dict("records"):
+        where = " ".join(f"seed {row[name]}" if name == "seed" else row[name] for name in names)
+        places.append(f"{where} at step {row['diverged_at']}")
+    text = f"{len(frozen)} of {len(runs)} runs met a number that was not finite and kept the last "
+    return text + f"finite weights: {', '.join(places)}."
 
 
 def origin(runs: pd.DataFrame) -> str:
@@ -165,6 +184,11 @@ These commands are for commit 6c4213f: since then benchmark/lockstep.py takes `-
 
 # ------------------------------------------------------------------------------- ALTERED TEXTS
 ADAM_EPSILON = (("eps=1e-5", "eps=1e-8"), (".sqrt() + 1e-5", ".sqrt() + 1e-8"))  # a change of text
+
+
+def use(script: ModuleType, crowd: ModuleType) -> None:
+    """Put altered() modules in place of the real ones, in a worker that runs nothing else."""
+    sys.modules.update({"ppo_continuous": script, "benchmark.lockstep": crowd})
 
 
 def altered(changes: tuple[tuple[str, str], ...]) -> tuple[ModuleType, ModuleType]:

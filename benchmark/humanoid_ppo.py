@@ -34,9 +34,7 @@ of 1 there is 0.4 here, a log sigma of -0.92. The two are the same policy.
 
 import contextlib
 import json
-import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -348,25 +346,7 @@ def train(args: Args) -> tuple[Agent, dict]:
 class Run(ppo.Run):
     """The run folder of the script, signed by this file."""
 
-    def __init__(self, args: Args, task: dict, who: dict, saved: dict | None):
-        if args.run_dir is None:
-            when = time.strftime("%Y%m%d-%H%M%S")
-            name = f"{args.env_id}__humanoid_ppo__{args.seed}__{when}-{os.getpid()}"
-            args = replace(args, run_dir=f"runs/{name}")
-        super().__init__(args, task, who, saved)
-
-    def write_config(self) -> None:
-        super().write_config()
-        path = self.path / "config.json"
-        ppo.write_file(path, ppo.to_json(json.loads(path.read_text()) | {"script": SCRIPT}))
-
-    def checkpoint(self, state: dict, parts: dict) -> dict:
-        return super().checkpoint(state, parts) | {"script": SCRIPT}
-
-    def check_still(self, saved: dict) -> None:
-        """Raises UserError where the run has gone on since `saved` was read, before the lock."""
-        if load_run(str(self.path))[1]["state"] != saved["state"]:
-            raise UserError(f"{self.shown} has gone on meanwhile; --resume it again")
+    script = SCRIPT
 
 
 def check_args(args: Args) -> Args:

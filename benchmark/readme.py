@@ -2,11 +2,11 @@
 
 Three things in README.md, benchmark/README.md and docs/ are written here and nowhere else:
 
-    <!-- begin NAME -->     what stands up to <!-- end NAME -->: tables and whole results
+    <!-- begin NAME -->     all up to <!-- end NAME -->: tables and whole results
     [`code`](FILE.py#L1)    the number: the one line of FILE.py that contains this code
     a chapter of a result   present where benchmark/results/NAME/summary.md is
 
-No number is typed.
+No result is typed here.
 """
 
 import re
@@ -130,7 +130,7 @@ def in_short() -> str:
     finals = []
     for row in table("defaults/summary.md"):
         finals.append(f"{row['task'].removesuffix('-v4')} {row['greedy: mean [95%]'].split()[0]}")
-    against = re.search(r"our mean is (.*)\.$", result("defaults/summary.md"), re.M)[1]
+    against = re.search(r"^Our mean is (.*)\.$", result("defaults/summary.md"), re.M)[1]
     classic = {row["task"]: row for row in table("classic/summary.md")}
     humanoid = table("humanoid/summary.md")[0]
     pong = table("atari/summary.md")[0]
@@ -143,7 +143,7 @@ def in_short() -> str:
             "It does not say which returns are its 0 and 1: compare the order"
         ),
         "[MuJoCo](benchmark/README.md#defaults), defaults, ten seeds, greedy": (
-            f"{', '.join(finals)}. Beside Tianshou's ten seeds our mean is {against} of 7 tasks"
+            f"{', '.join(finals)}. Beside Tianshou's ten seeds our mean is {against}"
         ),
         "[CartPole](benchmark/README.md#cartpole-acrobot-lunarlander-ppo_cartpolepy)": (
             f"{classic['cartpole'][reached]} seeds solve it"
@@ -167,63 +167,72 @@ def in_short() -> str:
     return markdown([{"what": what, "result": text} for what, text in found.items()]).strip()
 
 
-RERUN = {  # folder of results -> what it holds, the command for all of it
+RERUN = {  # folder of results -> what it holds, the commands for all of it
     "table1": (
         "[Table 1, time limits as ends, ten seeds](#table1)",
-        "table1.py --results mine/table1",
+        ["table1.py --results mine/table1"],
     ),
     "table1-bootstrapped": (
         "[Table 1, time limits bootstrapped](#the-papers-table-1)",
-        "table1.py --seeds 1 2 3 --results mine/bootstrapped -- --bootstrap-truncated",
+        ["table1.py --seeds 1 2 3 --results mine/bootstrapped -- --bootstrap-truncated"],
     ),
     "table1-modern": (
         "[Table 1 with today's details](#with-todays-details)",
-        "table1.py --preset modern --results mine/modern",
+        ["table1.py --preset modern --results mine/modern"],
     ),
-    "defaults": ("[defaults on MuJoCo](#defaults)", "defaults.py --results mine/defaults"),
-    "figure3": ("[Figure 3](#figure3)", "figure3.py --results mine/figure3"),
+    "defaults/final": (
+        "[defaults on MuJoCo](#defaults)",
+        ["defaults.py --results mine/defaults"],
+    ),
+    "defaults/search": (
+        "the search for them",
+        ["defaults.py --search --results mine/defaults"],
+    ),
+    "figure3": ("[Figure 3](#figure3)", ["figure3.py --results mine/figure3"]),
     "humanoid": (
         "[Humanoid](#humanoid)",
-        "humanoid.py` and `--ablation defaults fixed-lr sigma-1",
+        ["humanoid.py", "humanoid.py --ablation defaults fixed-lr sigma-1"],
     ),
-    "recurrent": ("[a policy with memory](#recurrent)", "recurrent.py"),
+    "recurrent": ("[a policy with memory](#recurrent)", ["recurrent.py"]),
     "collapse/HalfCheetah-v4": (
         "[HalfCheetah's collapse](../docs/halfcheetah.md)",
-        "collapse.py --results mine/collapse",
+        ["collapse.py --results mine/collapse"],
     ),
     "collapse/InvertedDoublePendulum-v4": (
         "[the double pendulum's fall](../docs/double-pendulum.md)",
-        "collapse.py --task InvertedDoublePendulum-v4 --results mine/collapse",
+        ["collapse.py --task InvertedDoublePendulum-v4 --results mine/collapse"],
     ),
     "ratchet": (
         "[with the clip and without it](#with-the-clip-and-without-it-ppo_cartpolepy)",
-        "ratchet.py",
+        ["ratchet.py"],
     ),
     "classic": (
         "[CartPole, Acrobot, LunarLander](#cartpole-acrobot-lunarlander-ppo_cartpolepy)",
-        "classic.py",
+        ["classic.py"],
     ),
-    "atari": ("[Pong](#atari-ppo_ataripy)", "atari.py"),
-    "grpo": ("[GRPO](#grpo-grpo_toypy)", "grpo.py"),
+    "atari": ("[Pong](#atari-ppo_ataripy)", ["atari.py"]),
+    "grpo": ("[GRPO](#grpo-grpo_toypy)", ["grpo.py"]),
 }
+
+
+def hours_of(folder: str) -> float:
+    """How long the runs of a folder of results ran, agents that shared a process counted once."""
+    seconds = {}
+    for file in (RESULTS / folder).rglob("runs.csv"):
+        for i, run in enumerate(read_csv(file)):
+            call = file, run.get("command", i), run.get("started", i)
+            seconds[call] = float(run["wall_seconds"])
+    return sum(seconds.values()) / 3600
 
 
 def rerun() -> str:
     """What makes each committed result again, and for how many hours its runs ran."""
     rows = []
-    for folder, (what, command) in RERUN.items():
-        path = RESULTS / folder / "summary.md"
-        if not path.exists():
-            continue
-        told = re.search(r"trained for ([\d.]+) hours in all", path.read_text())
-        if told:  # of runs that share a process
-            hours = float(told[1])
-        else:
-            hours = 0.0
-            for file in path.parent.rglob("runs.csv"):
-                hours += sum(float(run["wall_seconds"]) for run in read_csv(file)) / 3600
-        command = f"`python benchmark/{command}`"
-        rows.append({"what": what, "command": command, "hours": f"{hours:.1f}"})
+    for folder, (what, commands) in RERUN.items():
+        path = RESULTS / folder
+        if (path / "summary.md").exists() or (path.parent / "summary.md").exists():
+            told = "<br>".join(f"`python benchmark/{command}`" for command in commands)
+            rows.append({"what": what, "command": told, "hours": f"{hours_of(folder):.1f}"})
     return markdown(rows).strip()
 
 

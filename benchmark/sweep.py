@@ -44,6 +44,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +72,7 @@ class Call:
 
     trainer: str  # its module: ppo_cartpole, benchmark.lockstep
     flags: tuple[str, ...]  # --run-dir last: a folder below `root`
-    labels: dict = field(default_factory=dict, hash=False)  # what rows say that no run folder does
+    labels: dict = field(default_factory=dict, hash=False)  # columns that the run folder lacks
     root: str = field(default_factory=os.getcwd)
 
     @property
@@ -232,6 +233,10 @@ def commits_of(path: Path) -> list[str]:
     return beside(path).read_text().splitlines() if beside(path).exists() else []
 
 
+# flags that a trainer fills in, where they have this value or "auto"
+OPEN = {"total_timesteps": None, "warmup_steps": None, "checkpoint_every": 0}
+
+
 def read_config(folder: Path, args) -> dict:
     """The config.json of a run, or of an agent.
 
@@ -244,8 +249,8 @@ def read_config(folder: Path, args) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as reason:
         raise UserError(f"{folder} has no config.json that can be read: {reason!r}") from reason
     for name, value in json.loads(json.dumps(vars(args))).items():
-        filled_in = name in ("run_dir", "resume", "checkpoint_every") or value in (None, "auto")
-        if not filled_in and made.get(name, value) != value:
+        left_open = name in ("run_dir", "resume") or value in ("auto", OPEN.get(name, "auto"))
+        if not left_open and made.get(name, value) != value:
             what = f"{name} {made[name]} instead of {value}"
             raise UserError(f"{folder} ran with {what}; remove the folder, or give another")
     return config
@@ -254,15 +259,17 @@ def read_config(folder: Path, args) -> dict:
 def collect(call: Call, layout: Layout) -> Rows:
     """The rows of a finished run. Raises UserError where a file does not fit."""
     started = read_config(call.path, call.crowd[0])["started"]
-    commits = " and ".join(commits_of(call.path)) or git_commit()
+    commits = " and ".join(commits_of(call.path)) or "unknown"
     about = machine() | {"started": started, "git_commit": commits, "command": call.command}
+    # a package that a run does not import, as EnvPool, is not in its config.json
+    installed = {name: version(name) for name in PACKAGES if name in layout.columns}
     rows, curves = [], []
     for args, folder in zip(call.crowd, call.folders, strict=True):
         config = read_config(folder, args)
         try:
             (summary,) = json.loads((folder / "summary.json").read_text())
             metrics = pd.read_csv(folder / "metrics.csv")
-            facts = config["args"] | config["versions"] | summary | call.labels | about
+            facts = installed | config["args"] | config["versions"] | summary | call.labels | about
             facts["agents"] = len(call.crowd)
             facts["sps"] = summary.get("sps", math.nan) * len(call.crowd)  # of all agents together
             if layout.measure is not None:
@@ -305,6 +312,8 @@ def answer(call: Call, layout: Layout, mine: list[int], pipe: Connection) -> Non
         pipe.send(work(call, layout))
     except UserError as reason:
         pipe.send(reason)
+    except Exception as reason:  # say what it was: the parent sees nothing else
+        pipe.send(UserError(f"{call.path}: {reason!r}"))
 
 
 def local(
@@ -319,6 +328,7 @@ def local(
     The next one starts when one is done. Two processes with a core each get more done than one
     process with two.
     """
+    jobs = min(jobs, len(calls))
     waiting, running, share = list(calls), {}, max(1, len(CORES) // jobs)
     free = [(CORES * jobs)[i * share : (i + 1) * share] for i in range(jobs)]
     try:
@@ -405,10 +415,14 @@ def run(calls: list[Call], engine: Callable, table_of: Callable[[Call], "Table"]
     def done(call: Call) -> int:
         return call.steps if call in finished else call.steps_done()
 
+    def count() -> str:
+        text = f"{len(finished) - len(failures)} of {len(calls)} done"
+        return f"{text}, {len(failures)} failed" if failures else text
+
     def tick() -> None:
         running = [call for call in calls if call not in finished and done(call)]
         names = [f"{call.name} x{len(call.crowd)}" for call in running]
-        shown = f"{', '.join(names) or '-'}; {len(finished)} of {len(calls)} done"
+        shown = f"{', '.join(names) or '-'}; {count()}"
         bar.set_description_str(shown, refresh=False)
         bar.update(sum(map(done, calls)) - bar.n)
 
@@ -437,7 +451,7 @@ def run(calls: list[Call], engine: Callable, table_of: Callable[[Call], "Table"]
             finished.append(call)
             tick()
             now = f"{datetime.datetime.now():%H:%M}"
-            bar.write(f"{now} {message}; {len(finished)} of {len(calls)} done")
+            bar.write(f"{now} {message}; {count()}")
     if failures:
         why = "; ".join(sorted(failures))
         raise UserError(f"{len(failures)} of {len(calls)} calls failed: {why}")
@@ -500,11 +514,26 @@ def numbers(cells: pd.Series) -> pd.Series:
 
 
 def write(path: Path, rows: pd.DataFrame) -> None:
-    """A CSV: all of the new file or all of the old."""
+    """A CSV: all of the new file or all of the old, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    rows.to_csv(temporary, index=False, lineterminator="\n")
+    with open(temporary, "w", newline="") as file:
+        rows.to_csv(file, index=False, lineterminator="\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def runs_of(folder: Path) -> str:
+    """Where the runs of a table have their folders.
+
+    Those of a committed table below runs/; those of another one below its own folder, so that two
+    tables never share a run.
+    """
+    committed = ROOT / "benchmark/results"
+    if folder.resolve().is_relative_to(committed):
+        return f"runs/{folder.resolve().relative_to(committed)}"
+    return f"{folder}/runs"
 
 
 def known_first(names: Iterable[str], known: list[str]) -> list[str]:
@@ -531,12 +560,12 @@ class Table:
     def __init__(self, folder: Path, layout: Layout):
         self.folder = folder
         self.layout = layout
-        empty = pd.DataFrame(columns=layout.columns, dtype=str)
-        self.runs = read(folder / "runs.csv") if (folder / "runs.csv").exists() else empty
-        empty = pd.DataFrame(columns=[*layout.key, "global_step", *layout.curves], dtype=str)
+        self.runs = pd.DataFrame(columns=layout.columns, dtype=str)
+        if (folder / "runs.csv").exists():
+            self.runs = read(folder / "runs.csv")
+        self.curves = pd.DataFrame(columns=[*layout.key, "global_step", *layout.curves], dtype=str)
         if (folder / "curves.csv").exists():
-            empty = read(folder / "curves.csv")[list(empty)]
-        self.curves = empty
+            self.curves = read(folder / "curves.csv")[list(self.curves)]
         for name, cell in layout.defaults.items():
             if name not in self.runs:
                 self.runs[name] = cell
@@ -544,8 +573,14 @@ class Table:
     @property
     def cells(self) -> set[tuple]:
         """The keys of all runs, seeds as numbers."""
-        keys = self.runs[list(self.layout.key)].to_dict("records")
-        return {tuple(int(x) if name == "seed" else x for name, x in row.items()) for row in keys}
+        return set(self.by_key().index)
+
+    def by_key(self) -> pd.DataFrame:
+        """The runs with the key as their index, seeds as numbers."""
+        runs = self.runs
+        if "seed" in self.layout.key:
+            runs = runs.assign(seed=runs["seed"].astype(int))
+        return runs.set_index(list(self.layout.key))
 
     def add(self, fresh: Rows) -> None:
         """Put these runs in place of what there was of them, and write both files."""

@@ -1,6 +1,6 @@
 """The paper's Table 1 with ten seeds: 7 MuJoCo tasks x 11 objectives x 10 seeds, 1M steps each.
 
-    python benchmark/table1.py                    # what is missing: most of a day on two cores
+    python benchmark/table1.py                    # what is missing: hours on two cores
     python benchmark/table1.py --report           # the report alone, from the CSVs
     python benchmark/table1.py --preset modern    # four objectives, with today's usual details
     python benchmark/table1.py --tasks Hopper Swimmer --objectives none clip:0.2 --seeds 1 2
@@ -28,6 +28,7 @@ folder of your own, --results mine.
 import itertools
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,9 @@ OBJECTIVES = {
     "modern": ["none", "clip:0.2", "kl:1", "adaptive:0.01"],
 }
 SEEDS = {"paper": range(1, 11), "modern": range(1, 6)}
-READINGS = {  # of "random policy" and "best result", which the paper leaves open; headline first
+PLAN = Grid(TASKS, OBJECTIVES["paper"], list(SEEDS["paper"]))  # the table with ten seeds
+HEADLINE = "Gaussian, best run"
+READINGS = {  # of "random policy" and "best result", which the paper leaves open
     "Gaussian, best run": ("gaussian", "run"),
     "Gaussian, best objective": ("gaussian", "objective"),
     "uniform, best run": ("uniform", "run"),
@@ -87,50 +90,97 @@ def with_interval(estimate: float, draws: np.ndarray) -> str:
     return f"{estimate:.2f} [{low:.2f}, {high:.2f}]"
 
 
+@dataclass
+class Scored:
+    """Normalised scores of O objectives: estimates [O], and draws of each [times, O]."""
+
+    mean: np.ndarray
+    mean_draws: np.ndarray
+    middle: np.ndarray  # interquartile means
+    middle_draws: np.ndarray
+
+
+def score(raw: np.ndarray, zero: np.ndarray, one: np.ndarray) -> Scored:
+    """raw [K, O, S], zero [K] and one [K] of every task."""
+    normalised = scores.normalise(raw, zero, one)
+    resampled = scores.resample(normalised)
+    return Scored(
+        scores.means(normalised),
+        scores.means(resampled),
+        scores.interquartile_means(normalised),
+        scores.interquartile_means(resampled),
+    )
+
+
 def tell_scores(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
     """The normalised scores of a grid without a gap.
 
     runs: by cell. Draws scores.png, and writes the first of the text as scores.md too.
     """
-    raw, objectives = raw_returns(runs, grid), grid.objectives
-    theirs = PAPER["avg_normalized_score"].reindex(objectives)
+    raw = raw_returns(runs, grid)
     zeros = {}
     for policy in ("gaussian", "uniform"):
         zeros[policy] = grids.random_returns(folder / "random.csv", grid.tasks, policy)
-    means, drawn = {}, {}
-    for reading, (zero, one) in READINGS.items():
-        normalised = scores.normalise(raw, zeros[zero], scores.best_returns(raw, one))
-        resampled = scores.resample(normalised)
-        means[reading], drawn[reading] = scores.means(normalised), scores.means(resampled)
-        if reading == next(iter(READINGS)):  # the headline
-            mean, draws = means[reading], drawn[reading]
-            middle = scores.interquartile_means(normalised)
-            middles = scores.interquartile_means(resampled)
-    if scale := frozen_scale(grid.tasks):
-        normalised = scores.normalise(raw, *scale)
-        means["frozen scale"] = scores.means(normalised)
-        drawn["frozen scale"] = scores.means(scores.resample(normalised))
-    draw_scores(folder / "scores.png", theirs, (mean, draws), (middle, middles))
+    readings = {}
+    for name, (zero, one) in READINGS.items():
+        readings[name] = score(raw, zeros[zero], scores.best_returns(raw, one))
+    headline = readings[HEADLINE]
+    theirs = PAPER["avg_normalized_score"].reindex(grid.objectives)
+    draw_scores(folder / "scores.png", theirs, headline)
+    text = tell_headline(runs, grid, headline, theirs)
+    (folder / "scores.md").write_text(text)
+    explained = ""
+    scale = frozen_scale(grid.tasks)
+    own = zeros["gaussian"], scores.best_returns(raw, "run")
+    if scale is not None and not np.allclose(scale, own):  # a table of other runs
+        readings["frozen scale"] = score(raw, *scale)
+        explained = "\nFrozen scale: 0 and 1 are those of the table with ten seeds, scale.csv.\n"
+    return f"""## Scores
 
-    table = pd.DataFrame({"objective": [f"`{o}`" for o in objectives]})
-    table["the paper"] = [f"{score:.2f}" if score == score else "" for score in theirs]
-    readings = table.copy()
-    columns = {"ours: mean": (mean, draws), "interquartile mean": (middle, middles)}
-    for name, (estimates, resampled) in columns.items():
-        cells = [with_interval(x, resampled[:, i]) for i, x in enumerate(estimates)]
-        table[f"{name} [95%]"] = cells
-    worst, next_worst = mean.argsort()[:2]
+{text}
+![Scores with intervals](scores.png)
+
+The paper gives the returns neither of its random policy nor of its best result. The mean, in all \
+readings:
+
+{markdown(readings_table(readings, grid.objectives, theirs))}{explained}
+What is 0 and what is 1 in them:
+
+{markdown(scale_table(raw, zeros, grid))}
+"""
+
+
+def tell_headline(runs: pd.DataFrame, grid: Grid, scored: Scored, theirs: pd.Series) -> str:
+    """The table of scores, which objective is best and which is worst."""
+    objectives, mean, draws = grid.objectives, scored.mean, scored.mean_draws
+    table = []
+    for i, objective in enumerate(objectives):
+        paper = theirs[objective]
+        table.append(
+            {
+                "objective": f"`{objective}`",
+                "the paper": f"{paper:.2f}" if pd.notna(paper) else "",
+                "ours: mean [95%]": with_interval(mean[i], draws[:, i]),
+                "interquartile mean [95%]": with_interval(
+                    scored.middle[i], scored.middle_draws[:, i]
+                ),
+            }
+        )
     best = mean.argmax()
-    behind = scores.interval(draws[:, [best]] - draws)[0]  # at least so far, each
-    near = [f"`{o}`" for i, o in enumerate(objectives) if i != best and behind[i] <= 0]
+    worst, next_worst = mean.argsort()[:2]
+    at_least_behind = scores.interval(draws[:, [best]] - draws)[0]
+    near = [f"`{o}`" for i, o in enumerate(objectives) if i != best and at_least_behind[i] <= 0]
     gap = with_interval(mean[next_worst] - mean[worst], draws[:, next_worst] - draws[:, worst])
+    narrow = ""
+    if len(grid.seeds) < 10:
+        narrow = "; from so few seeds they come out too narrow rather than too wide"
     frozen = runs.loc[grid.cells].query("diverged_at != ''").groupby("objective").size()
-    counted = ", ".join(f"`{o}` {frozen[o]}" for o in objectives if o in frozen)
-    stopped = "\nRuns that met a number that was not finite and kept their last weights: "
-    stopped = f"{stopped}{counted}.\n" if counted else ""
-    narrow = "; from so few seeds they come out too narrow rather than too wide"
-    narrow *= len(grid.seeds) < 10
-    headline = f"""{markdown(table)}
+    stopped = ""
+    if len(frozen):
+        counted = ", ".join(f"`{o}` {frozen[o]}" for o in objectives if o in frozen)
+        stopped = "\nRuns that met a number that was not finite and kept their last weights: "
+        stopped += f"{counted}.\n"
+    return f"""{markdown(table)}
 The return of the last 100 episodes, in each task 0 for the untrained Gaussian policy and 1 for \
 the best single run,
 averaged over {len(grid.tasks)} tasks x {len(grid.seeds)} seeds. \
@@ -141,48 +191,51 @@ Highest is `{objectives[best]}`. The interval of the difference from it holds 0 
 {", ".join(near) or "none"}. Lowest is `{objectives[worst]}`, in \
 {(draws.argmin(1) == worst).mean():.0%} of the resamples; the next one is higher by {gap}.
 {stopped}"""
-    (folder / "scores.md").write_text(headline)
 
-    for reading, mean in means.items():
-        readings[reading] = [f"{x:.2f}" for x in mean]
-    if objectives == OBJECTIVES["paper"]:
-        other = [o != "none" for o in objectives]
-        for what, rows in (("", [True] * len(other)), (", without `none`", other)):
-            row = [f"Spearman correlation with the paper{what} [95%]", ""]
-            for reading, mean in means.items():
-                draws = scores.spearman(drawn[reading][:, rows], theirs[rows])
-                row.append(with_interval(scores.spearman(mean[rows], theirs[rows]), draws))
-            readings.loc[len(readings)] = row
+
+def readings_table(readings: dict[str, Scored], objectives: list[str], theirs: pd.Series) -> list:
+    """The mean of every objective in every reading; with all eleven, correlations too."""
+    table = []
+    for i, objective in enumerate(objectives):
+        paper = theirs[objective]
+        row = {"objective": f"`{objective}`"}
+        row["the paper"] = f"{paper:.2f}" if pd.notna(paper) else ""
+        table.append(row | {name: f"{scored.mean[i]:.2f}" for name, scored in readings.items()})
+    if objectives != OBJECTIVES["paper"]:
+        return table
+    everything = [True] * len(objectives)
+    others = [objective != "none" for objective in objectives]
+    for what, kept in (("", everything), (", without `none`", others)):
+        row = {"objective": f"Spearman correlation with the paper{what} [95%]", "the paper": ""}
+        for name, scored in readings.items():
+            draws = scores.spearman(scored.mean_draws[:, kept], theirs[kept])
+            row[name] = with_interval(scores.spearman(scored.mean[kept], theirs[kept]), draws)
+        table.append(row)
+    return table
+
+
+def scale_table(raw: np.ndarray, zeros: dict[str, np.ndarray], grid: Grid) -> list[dict]:
+    """What may be 0 and what may be 1 in each task. raw [K, O, S], zeros: policy -> [K]"""
     table = []
     for k, task in enumerate(grid.tasks):
-        of_objective, (o, s) = raw[k].mean(1), np.unravel_index(raw[k].argmax(), raw[k].shape)
-        best = objectives[of_objective.argmax()]
-        row = {
-            "task": task,
-            "uniform": number(zeros["uniform"][k]),
-            "Gaussian": number(zeros["gaussian"][k]),
-            "best run": f"{number(raw[k].max())} (`{objectives[o]}`, seed {grid.seeds[s]})",
-            "best objective": f"{number(of_objective.max())} (`{best}`)",
-        }
-        table.append(row)
-    return f"""## Scores
-
-{headline}
-![Scores with intervals](scores.png)
-
-The paper gives the returns neither of its random policy nor of its best result. The mean, in all \
-readings:
-
-{markdown(readings)}
-What is 0 and what is 1 in them:
-
-{markdown(table)}
-"""
+        means = raw[k].mean(1)
+        o, s = np.unravel_index(raw[k].argmax(), raw[k].shape)
+        run = f"`{grid.objectives[o]}`, seed {grid.seeds[s]}"
+        table.append(
+            {
+                "task": task,
+                "uniform": number(zeros["uniform"][k]),
+                "Gaussian": number(zeros["gaussian"][k]),
+                "best run": f"{number(raw[k].max())} ({run})",
+                "best objective": f"{number(means.max())} (`{grid.objectives[means.argmax()]}`)",
+            }
+        )
+    return table
 
 
 # ------------------------------------------------------------------------------------- CONTRASTS
-def freeze_scale(folder: Path, grid: Grid) -> None:
-    """Write scale.csv: what is 0 and what is 1 in this table, for all later ones.
+def freeze_scale(folder: Path) -> None:
+    """Write scale.csv: what is 0 and what is 1 in the whole table, for all later ones.
 
     Raises UserError where a run is missing, or a scale is there.
     """
@@ -190,12 +243,10 @@ def freeze_scale(folder: Path, grid: Grid) -> None:
         raise UserError(f"the scale is that of {SCALE.parent}: give --freeze-scale there")
     if SCALE.exists():
         raise UserError(f"{SCALE} is frozen already, and other tables may be on it")
-    runs = sweep.Table(folder, LAYOUT).runs
-    runs = runs.set_index(["env_id", "objective", runs["seed"].astype(int)])
-    raw = raw_returns(runs, grid)
+    raw = raw_returns(sweep.Table(folder, LAYOUT).by_key(), PLAN)
     rows = {
-        "env_id": grid.tasks,
-        "zero": grids.random_returns(folder / "random.csv", grid.tasks, "gaussian"),
+        "env_id": PLAN.tasks,
+        "zero": grids.random_returns(folder / "random.csv", PLAN.tasks, "gaussian"),
         "one": scores.best_returns(raw, "run"),
     }
     sweep.write(SCALE, pd.DataFrame(rows))
@@ -212,7 +263,7 @@ def frozen_scale(tasks: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> str:
-    """`clip:0.2` against every other objective, and how small a difference could be seen.
+    """`clip:0.2` against every other objective, and how small a difference could be detected.
 
     when: a key of WHEN. Draws profile.png.
     """
@@ -226,9 +277,12 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> s
     ours = objectives.index(PLANNED)
     others = [i for i in range(len(objectives)) if i != ours]
     mine = normalised[:, ours]
-    tests = [scores.permutation_test(mine, normalised[:, i]) for i in others]
+    tested = {}  # column -> the p values of all others
+    if when != "before":
+        p = np.array([scores.permutation_test(mine, normalised[:, i]) for i in others])
+        tested = {"p": p, "p, Holm": scores.holm(p)}
     rows = []
-    for i, p, corrected in zip(others, tests, scores.holm(np.array(tests)), strict=True):
+    for place, i in enumerate(others):
         theirs = normalised[:, i]
         draws = resampled[:, :, ours].mean((1, 2)) - resampled[:, :, i].mean((1, 2))
         better = scores.improvement(resampled[:1000, :, ours], resampled[:1000, :, i])
@@ -238,18 +292,17 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> s
         }
         improvement = with_interval(scores.improvement(mine, theirs), better)
         row["probability of improvement [95%]"] = improvement
-        if when != "before":
-            row |= {"p": small(p), "p, Holm": small(corrected)}
+        row |= {name: small(p[place]) for name, p in tested.items()}
         levels = (0.05, 0.05 / len(others))
         smallest = [scores.detectable(mine, theirs, level) for level in levels]
-        row["smallest difference seen"] = " / ".join(f"{x:.2f}" for x in smallest)
+        row["smallest detectable difference"] = " / ".join(f"{x:.2f}" for x in smallest)
         apart = PAPER["avg_normalized_score"].get(objectives[i], math.nan)
         apart = abs(PAPER["avg_normalized_score"][PLANNED] - apart)
-        row["the paper's difference"] = row["seeds to see that"] = ""
+        row["the paper's difference"] = row["seeds to detect that"] = ""
         if apart > 0:
             needed = [max(2, math.ceil(len(grid.seeds) * (x / apart) ** 2)) for x in smallest]
             row["the paper's difference"] = f"{apart:.2f}"
-            row["seeds to see that"] = " / ".join(f"{n:,}" for n in needed)
+            row["seeds to detect that"] = " / ".join(f"{n:,}" for n in needed)
         rows.append(row)
     draw_profiles(folder / "profile.png", normalised, objectives)
     return f"""## `{PLANNED}` against the others
@@ -257,11 +310,11 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> s
 {markdown(rows)}
 On {which}, over {len(grid.tasks)} tasks x {len(grid.seeds)} seeds. {WHEN[when]}
 Probability of improvement: that a run of `{PLANNED}` beats one of the other on the same task.
-Smallest difference seen: with a power of 80%, from the spread of these runs; first for one test \
-at a level of 5%, then
-at 5% / {len(others)}, which the first of {len(others)} tests must pass after Holm's correction. \
-Seeds to see that: how many each objective would
-need to see a difference as large as the paper's, likewise.
+Smallest detectable difference: with a power of 80%, from the spread of these runs; first for one \
+test at a level of 5%,
+then at 5% / {len(others)}, which the first of {len(others)} tests must pass after Holm's \
+correction. Seeds to detect that: how many
+each objective would need to detect a difference as large as the paper's, at the same two levels.
 
 ![Performance profile](profile.png)
 
@@ -272,9 +325,9 @@ The share of runs, of all tasks, above a score.
 
 TEST = "The p values are of a permutation test, stratified by task, and corrected by Holm."
 WHEN = {  # what a table of contrasts is
-    "planned": f"{TEST}\nThey were planned before the runs; all else here is description.",
+    "planned": f"{TEST}\nThey were planned before the runs; everything else here is exploratory.",
     "before": "The tests wait until all runs of the plan are in.",
-    "after": f"{TEST}\nThey were thought of after the runs: take them as description.",
+    "after": f"{TEST}\nThey were thought of after the runs: take them as exploratory.",
 }
 
 
@@ -310,49 +363,59 @@ def falls(curve: tuple) -> bool:
     return climbs(curve) and bool((returns[(returns > 8000).argmax() :] < 1200).any())
 
 
-def tell_time_limits(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
+TREATMENTS = ("the limit is an end", "bootstrapped")  # of a time limit: this table, the other one
+
+
+def tell_time_limits(folder: Path, grid: Grid) -> str:
     """This table beside the one with time limits bootstrapped. Draws time-limits.png."""
-    other = sweep.Table(BOOTSTRAPPED, LAYOUT)
-    others = other.runs.set_index(["env_id", "objective", other.runs["seed"].astype(int)])
-    lines = {"the limit is an end": runs, "bootstrapped": others}
+    ended, bootstrapped = TREATMENTS
+    tables = {
+        ended: sweep.Table(folder, LAYOUT),
+        bootstrapped: sweep.Table(BOOTSTRAPPED, LAYOUT),
+    }
     rows = []
     for task, objective in itertools.product(grid.tasks, ("none", PLANNED)):
         row = {"task": task, "objective": f"`{objective}`"}
-        for name, table in lines.items():
-            mine = table.query("env_id == @task and objective == @objective")
+        for name, table in tables.items():
+            mine = table.runs.query("env_id == @task and objective == @objective")
             x = sweep.numbers(mine["last_100_return"])
             row[name] = ""
             if len(x):
                 row[name] = f"{number(x.mean())} ({number(x.min())} to {number(x.max())}), {len(x)}"
         rows.append(row)
-    mine, panels = sweep.Table(folder, LAYOUT), []
-    for task, objective in (("InvertedDoublePendulum-v4", PLANNED), ("HalfCheetah-v4", "none")):
-        groups = {}
-        for name, table in zip(lines, (mine, other), strict=True):
+
+    def curves(task: str, objective: str) -> plot.Groups:
+        found = {}
+        for name, table in tables.items():
             points = table.curves.query("env_id == @task and objective == @objective")
-            points = points.assign(
-                line=name, episodic_return=sweep.numbers(points["episodic_return"])
-            )
-            groups |= plot.groups_of(points, "line", "episodic_return")
-        panels.append((f"{task}, {objective}", groups, list(lines)))
-    (_, pendulums, _), (_, cheetahs, _) = panels
-    path = BOOTSTRAPPED / "random.csv"
+            found |= plot.groups_of(points.assign(line=name), "line", "episodic_return")
+        return found
+
+    def count(what: str, groups: plot.Groups, holds) -> dict[str, str]:
+        row = {"runs": what}
+        for name in tables:
+            mine = [holds(curve) for curve in groups.get(name, [])]
+            row[name] = f"{sum(mine)} of {len(mine)}"
+        return row
+
+    path = BOOTSTRAPPED / "random.csv"  # the same policies, measured for that table
     untrained = grids.random_returns(path, ["HalfCheetah-v4"], "gaussian")[0]
-    counted = []
-    for what, groups, holds in (
-        (f"double pendulum, `{PLANNED}`: climbs above 8,000", pendulums, climbs),
-        ("and falls below 1,200 after it", pendulums, falls),
-        (
-            "HalfCheetah, `none`: ends below the untrained policy",
+    pendulums = curves("InvertedDoublePendulum-v4", PLANNED)
+    cheetahs = curves("HalfCheetah-v4", "none")
+    pendulum, cheetah = f"double pendulum, `{PLANNED}`:", "HalfCheetah, `none`:"
+    counted = [
+        count(f"{pendulum} climbs above 8,000", pendulums, climbs),
+        count(f"{pendulum} then falls below 1,200", pendulums, falls),
+        count(
+            f"{cheetah} ends below the untrained policy, {number(untrained)}",
             cheetahs,
             lambda curve: curve[1][-1] < untrained,
         ),
-    ):
-        row = {"runs": what}
-        for name in lines:
-            mine = [holds(curve) for curve in groups.get(name, [])]
-            row[name] = f"{sum(mine)} of {len(mine)}"
-        counted.append(row)
+    ]
+    panels = [
+        (f"InvertedDoublePendulum-v4, {PLANNED}", pendulums, TREATMENTS),
+        ("HalfCheetah-v4, none", cheetahs, TREATMENTS),
+    ]
     draw(folder / "time-limits.png", panels, 2, "return (last 100)")
     return f"""## What a time limit is
 
@@ -393,20 +456,12 @@ def tell_returns(runs: pd.DataFrame, grid: Grid) -> str:
         median, largest = sweep.numbers(mine["kl_median"]), sweep.numbers(mine["kl_max"])
         return f"{median.median():.2g} ({largest.max():.2g})" if median.notna().any() else ""
 
-    message = f"None of the {len(runs)} runs met a number that was not finite"
-    frozen = runs[runs["diverged_at"] != ""]
-    if len(frozen):
-        message = f"{len(frozen)} of {len(runs)} runs met a number that was not finite and kept "
-        places = [
-            f"{t} {o} seed {s} at step {at}" for (t, o, s), at in frozen["diverged_at"].items()
-        ]
-        message += f"the last finite weights: {', '.join(places)}"
     return f"""## Returns
 
 The return of the last 100 episodes: mean over seeds, and from the worst to the best.
 
 {by_task(runs, grid, returns)}
-{message}.
+{grids.tell_frozen(runs.reset_index(), list(LAYOUT.key))}
 
 ![Learning curves](curves.png)
 
@@ -423,19 +478,19 @@ KL[old, new] of an update: median, and in brackets the largest of all.
 
 
 def tell_learning(folder: Path, runs: pd.DataFrame, grid: Grid, curves: dict) -> str:
-    """clip:0.2 seed by seed beside the figures of others.
+    """PLANNED seed by seed beside the figures of others.
 
     Draws learning.png, and writes the table as learning.md too.
     """
     cleanrl = pd.read_csv(ROOT / "benchmark/paper/cleanrl.csv")
     cleanrl = cleanrl.set_index(["env_id", "total_timesteps"])
     returns = sweep.numbers(runs["last_100_return"])
-    table, panels, lines = [], [], ["clip:0.2, ours", "clip:0.2, the paper, -v1"]
+    table, panels, lines = [], [], [f"{PLANNED}, ours", f"{PLANNED}, the paper, -v1"]
     for task in grid.tasks:
-        mine = returns.reindex([(task, "clip:0.2", seed) for seed in grid.seeds])
+        mine = returns.reindex([(task, PLANNED, seed) for seed in grid.seeds])
         row = {"task": task}
         for (*_, seed), x in mine.items():
-            row[f"seed {seed}"] = number(x) if (task, "clip:0.2", seed) in runs.index else ""
+            row[f"seed {seed}"] = number(x) if (task, PLANNED, seed) in runs.index else ""
         row["mean"] = "" if "" in row.values() else number(mine.mean(skipna=False))
         for steps in (1_000_000, 8_000_000):
             column = f"CleanRL, {steps // 1_000_000}M steps"
@@ -446,21 +501,21 @@ def tell_learning(folder: Path, runs: pd.DataFrame, grid: Grid, curves: dict) ->
         paper = grids.paper_curve(task)
         table.append(row | {"the paper, Figure 3": number(paper[0][1][-1]) if paper else ""})
         groups = {}
-        if "clip:0.2" in curves.get(task, {}):
-            groups[lines[0]] = curves[task]["clip:0.2"]
+        if PLANNED in curves.get(task, {}):
+            groups[lines[0]] = curves[task][PLANNED]
         if paper:
             groups[lines[1]] = paper
         panels.append((task, groups, lines))
     draw(folder / "learning.png", panels, 4, "return (last 100)")
     (folder / "learning.md").write_text(markdown(table))
-    return f"""## `clip:0.2`, seed by seed
+    return f"""## `{PLANNED}`, seed by seed
 
 The return of the last 100 episodes, beside those of CleanRL (-v4, mean and standard deviation \
 over seeds) and the end
 of the curve in the paper's Figure 3 (-v1); benchmark/paper/README.md says where these are from.
 
 {markdown(table)}
-![Learning curves of clip:0.2](learning.png)
+![Learning curves of {PLANNED}](learning.png)
 
 """
 
@@ -493,10 +548,8 @@ def draw(path: Path, panels: list[tuple], columns: int, ylabel: str) -> None:
     figure.savefig(path, dpi=90)
 
 
-def draw_scores(path: Path, theirs: pd.Series, mean: tuple, middle: tuple) -> None:
-    """Dots with intervals, a row per objective.
-
-    theirs: the paper's scores by objective. mean, middle: estimates [O], draws of each [times, O].
+def draw_scores(path: Path, theirs: pd.Series, scored: Scored) -> None:
+    """Dots with intervals, a row per objective. theirs: the paper's scores by objective.
 
     The axis is cut between `none`, which is far off, and the others.
     """
@@ -507,9 +560,9 @@ def draw_scores(path: Path, theirs: pd.Series, mean: tuple, middle: tuple) -> No
     figure = Figure(figsize=(7, 1.4 + 0.36 * len(objectives)), layout="constrained")
     widths = [1, 3][-len(parts) :]
     axes = figure.subplots(1, len(parts), sharey=True, squeeze=False, width_ratios=widths)[0]
-    for shift, marker, label, (estimates, draws) in (
-        (-0.12, "o", "mean", mean),
-        (0.12, "D", "interquartile mean", middle),
+    for shift, marker, label, estimates, draws in (
+        (-0.12, "o", "mean", scored.mean, scored.mean_draws),
+        (0.12, "D", "interquartile mean", scored.middle, scored.middle_draws),
     ):
         low, high = scores.interval(draws)
         ends += [low, high]
@@ -555,21 +608,24 @@ def without_gaps(runs: pd.DataFrame, grid: Grid) -> tuple[Grid | None, list[str]
     return grid._replace(seeds=seeds) if seeds else grid._replace(tasks=tasks), gaps
 
 
-def report(folder: Path, asked: Grid, preset: str) -> None:
+def report(folder: Path, asked: Grid, settings: list[str]) -> None:
     """Write summary.md and the pictures from the CSVs.
 
-    Of the grid that is asked for, and of what there is besides. The same CSVs give the same bytes.
-    Raises UserError.
+    Of the grid that is asked for, and of what there is besides. settings: the flags that these runs
+    were made with. The same CSVs give the same bytes. Raises UserError.
     """
     table = sweep.Table(folder, LAYOUT)
     if table.runs.empty:
         raise UserError(f"{folder / 'runs.csv'} has no run yet; run table1.py without --report")
-    runs = table.runs.assign(seed=table.runs["seed"].astype(int))
-    runs = runs.set_index(list(LAYOUT.key))
+    grids.check(table, settings)
+    preset = settings[1]  # after --preset
+    planned = settings == grids.common_flags("paper", 1_000_000, [])  # those of PLAN
+    runs = table.by_key()
     both = [{*mine, *there} for mine, there in zip(asked, runs.index.levels, strict=True)]
     grid = make_grid(*both)
     scored, gaps = without_gaps(runs, grid)
-
+    if planned and without_gaps(runs, PLAN)[0] == PLAN:  # whatever else there is
+        scored = PLAN
     text = f"# {'Table 1' if preset == 'paper' else f'Table 1 with --preset {preset}'}"
     if preset == "paper" and (runs["bootstrap_truncated"] == "True").all():
         text += ", with time limits bootstrapped"
@@ -582,11 +638,11 @@ def report(folder: Path, asked: Grid, preset: str) -> None:
     if scored is None:
         text += " No scores yet."
     elif scored != grid:
-        text += f" The scores are over what has no gap alone: {', '.join(scored.tasks)}; "
+        text += f" Scored is what has no gap: {', '.join(scored.tasks)}; "
         text += f"seeds {', '.join(map(str, scored.seeds))}."
     if gaps:
         text += f" A run without a finite return counts as missing: {', '.join(gaps)}."
-    if preset == "paper":
+    if preset == "paper" and "--total-timesteps 1000000" in " ".join(settings):
         paper = Grid(TASKS, OBJECTIVES["paper"], [1, 2, 3]).cells
         here = len(runs.index.intersection(paper))
         text += f" Of the {len(paper)} runs of the paper's Table 1, {here} are here."
@@ -594,15 +650,13 @@ def report(folder: Path, asked: Grid, preset: str) -> None:
     text += "\n\n"
     for stale in ("scores.md", "scores.png", "profile.png", "time-limits.png"):
         (folder / stale).unlink(missing_ok=True)
-    as_planned = preset == "paper" and (runs["bootstrap_truncated"] == "False").all()
     if scored is not None:
         text += tell_scores(folder, runs, scored)
         if PLANNED in grid.objectives and len(scored.seeds) > 1:
-            plan = make_grid(TASKS, OBJECTIVES["paper"], SEEDS["paper"])
-            when = "after" if not as_planned else "planned" if scored == plan else "before"
+            when = "after" if not planned else "planned" if scored == PLAN else "before"
             text += tell_contrasts(folder, runs, scored, when)
-    if as_planned:
-        text += tell_time_limits(folder, runs, grid)
+    if planned:
+        text += tell_time_limits(folder, grid)
 
     curves = {}
     for name in ("episodic_return", "kl", "beta"):
@@ -629,7 +683,7 @@ def report(folder: Path, asked: Grid, preset: str) -> None:
     if adaptive:
         draw(folder / "beta.png", panels("beta", [adaptive]), 4, "log10 beta")
         text += "![beta over time](beta.png)\n\n"
-    if "clip:0.2" in grid.objectives:
+    if PLANNED in grid.objectives:
         text += tell_learning(folder, runs, grid, curves["episodic_return"])
     (folder / "summary.md").write_text(text + grids.origin(table.runs))
 
@@ -637,8 +691,7 @@ def report(folder: Path, asked: Grid, preset: str) -> None:
 # ------------------------------------------------------------------------------------------ MAIN
 def make_grid(tasks, objectives, seeds) -> Grid:
     """In the paper's order, each once; tasks without a version are -v4."""
-    tasks = [task if "-v" in task else f"{task}-v4" for task in tasks]
-    tasks = sweep.known_first(tasks, TASKS)
+    tasks = sweep.known_first(map(grids.with_version, tasks), TASKS)
     return Grid(tasks, sweep.known_first(objectives, OBJECTIVES["paper"]), sorted(set(seeds)))
 
 
@@ -647,7 +700,7 @@ def complete(grid: Grid, folder: Path, settings: list[str], engine) -> None:
     with sweep.alone(folder):
         table = sweep.Table(folder, LAYOUT)
         grids.check(table, settings)
-        calls = grids.plan(grid, table.cells, settings, f"runs/{folder.name}")
+        calls = grids.plan(grid, table.cells, settings, sweep.runs_of(folder))
         if table.runs.empty:  # whatever is there may be of other flags
             (folder / "random.csv").unlink(missing_ok=True)
         grids.measure(grid, settings, folder / "random.csv")
@@ -676,12 +729,11 @@ def main(argv: list[str]) -> None:
     folder = args.results or ROOT / "benchmark/results" / default
     settings = grids.common_flags(args.preset, args.total_timesteps, args.flags)
     if not args.report:
-        cuda = grids.parse(settings)[0].device == "cuda"
-        most = 1 if cuda else min(len(sweep.CORES), len(grid.tasks))
-        complete(grid, folder, settings, sweep.choose_engine(args, most))
+        jobs = 1 if grids.parse(settings)[0].device == "cuda" else len(sweep.CORES)
+        complete(grid, folder, settings, sweep.choose_engine(args, jobs))
     if args.freeze_scale:
-        freeze_scale(folder, grid)
-    report(folder, grid, args.preset)
+        freeze_scale(folder)
+    report(folder, grid, settings)
     print(folder / "summary.md")
 
 

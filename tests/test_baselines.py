@@ -3,7 +3,7 @@
 import copy
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -71,6 +71,144 @@ def rows(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+# -------------------------------------------------------------------------------------- SETTINGS
+SHARED = {"num_envs": 1, "obs_clip": 5.0, "clip_actions": False, "gamma": 0.99, "hidden": 64}
+FIT = {"value_epochs": 5, "value_minibatch": 64, "value_learning_rate": 1e-3}
+PUBLISHED = {
+    # OpenAI baselines da99706 (July 2017), trpo_mpi; 64 hidden units are the paper's
+    "trpo": SHARED
+    | FIT
+    | {
+        "num_steps": 1024,
+        "gae_lambda": 0.98,
+        "sigma": "learned",
+        "max_kl": 0.01,
+        "cg_iterations": 10,
+        "damping": 0.1,
+        "fisher_every": 5,
+        "line_search_tries": 10,
+    },
+    # baselines 3f676f7 (August 2017), acktr_cont; the step size is that of cs294-112, hw4
+    "vpg": SHARED
+    | FIT
+    | {"num_steps": 2500, "gae_lambda": 0.97, "learning_rate": 1e-3, "kl_target": 0.002},
+    # baselines 3f676f7, a2c, with 1/2 in its mse; delta and average of its acer
+    "a2c": SHARED
+    | {
+        "num_envs": 16,
+        "num_steps": 5,
+        "gae_lambda": 1.0,
+        "learning_rate": 7e-4,
+        "decay": 0.99,
+        "eps": 1e-5,
+        "vf_coef": 0.25,
+        "ent_coef": 0.01,
+        "max_grad_norm": 0.5,
+        "trust_region": False,
+        "delta": 1.0,
+        "average": 0.99,
+    },
+    # modular_rl; that actions are clipped is a guess
+    "cem": {
+        "num_envs": 50,
+        "obs_clip": 5.0,
+        "clip_actions": True,
+        "candidates": 200,
+        "elite": 0.2,
+        "std": 1.0,
+        "extra_std": 0.01,
+        "extra_generations": 150,
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_settings_are_what_their_sources_say(name):
+    """All that is no matter of the run: what a change elsewhere must not change."""
+    run_flags = "env_id seed total_timesteps env_backend eval_episodes run_dir resume track"
+    run_flags += " wandb_project checkpoint_every"
+    settings = asdict(MODULES[name].Args())
+    assert {x: settings[x] for x in settings if x not in run_flags.split()} == PUBLISHED[name]
+    assert cem.HIDDEN == (10, 5)
+
+
+# ------------------------------------------------------------------------------- WHAT THEY SHARE
+@pytest.mark.parametrize("end", ["terminated", "truncated"])
+def test_a_batch_by_hand(end):
+    """An episode of two steps, a reset step, and a step of the next episode."""
+    agent = make_agent()
+    agent.obs_stats.update(2 + torch.randn(100, 3))
+    rollout = {
+        "obs": 2 + torch.randn(5, 1, 3, dtype=torch.float64),
+        "actions": torch.randn(4, 1, 2),
+        "rewards": torch.tensor([[1.0], [2.0], [0.0], [4.0]]),
+        "terminated": torch.zeros(4, 1, dtype=torch.bool),
+        "truncated": torch.zeros(4, 1, dtype=torch.bool),
+        "valid": torch.tensor([[True], [True], [False], [True]]),
+    }
+    rollout[end][1] = True
+    batch = baselines.make_batch(agent, rollout, vpg.Args(gamma=0.9, gae_lambda=0.5))
+    v = agent.value(rollout["obs"]).flatten().tolist()
+    assert min(v[1], v[2], v[4]) > 0.05
+    second = 2 - v[1]  # a time limit is an end
+    first = 1 + 0.9 * v[1] - v[0] + 0.9 * 0.5 * second
+    third = 4 + 0.9 * v[4] - v[3]
+    assert batch["advantages"].tolist() == pytest.approx([first, second, third], abs=1e-5)
+    returns = [first + v[0], second + v[1], third + v[3]]
+    assert batch["returns"].tolist() == pytest.approx(returns, abs=1e-5)
+    mean, log_std = agent.policy(rollout["obs"][[0, 1, 3], 0])
+    expected = ppo.log_prob_of(mean, log_std, rollout["actions"][[0, 1, 3], 0])
+    torch.testing.assert_close(batch["log_prob"], expected)
+    torch.testing.assert_close(batch["mean"], mean)
+
+
+def test_the_value_function_is_fitted_to_the_returns():
+    """The loss of one minibatch of all rows, before its step; then many steps."""
+    agent = make_agent()
+    batch = make_batch(agent)
+    batch["obs"] = 100 + 5 * batch["obs"]
+    agent.obs_stats.update(batch["obs"])
+    batch["returns"] = 2 + agent.normalise(batch["obs"])[:, 0]
+    optimizer = baselines.value_optimizer(agent, 1e-2)
+    parts = {"agent": agent, "value_optimizer": optimizer, "minibatch_rng": torch.Generator()}
+    before = (agent.value(batch["obs"]) - batch["returns"]).square().mean().item()
+    args = vpg.Args(value_epochs=1, value_minibatch=160)
+    assert baselines.fit_value(parts, batch, args) == pytest.approx(before, rel=1e-4)
+    baselines.fit_value(parts, batch, replace(args, value_epochs=60))
+    assert before > 1 and (agent.value(batch["obs"]) - batch["returns"]).abs().mean() < 0.2
+
+
+def spy_on_restarts(patch: pytest.MonkeyPatch) -> list:
+    """The seeds on which environments begin from now on."""
+    seeds, restart = [], ppo.Actors.restart
+
+    def watched(actors, seed):
+        seeds.append(seed)
+        restart(actors, seed)
+
+    patch.setattr(ppo.Actors, "restart", watched)
+    return seeds
+
+
+def test_the_loop_draws_from_its_streams_and_updates_the_statistics_first(tmp_path, monkeypatch):
+    seeds = spy_on_restarts(monkeypatch)
+    flags = f"{PENDULUM} --num-steps 16 --total-timesteps 48 --checkpoint-every 1 --run-dir"
+    args = vpg.parse_args([*flags.split(), str(tmp_path / "run")])
+
+    def learn(parts, batch, state, args):
+        agent = parts["agent"]
+        with torch.no_grad():
+            torch.testing.assert_close(batch["values"], agent.value(batch["obs"]))
+            torch.testing.assert_close(batch["mean"], agent.policy(batch["obs"])[0])
+        for part, name in (("action_rng", "actions"), ("minibatch_rng", "minibatches")):
+            assert parts[part].initial_seed() == ppo.stream(args.seed, name)
+        return {}, {}
+
+    agent, summary = baselines.train(args, lambda agent, args: {}, learn)
+    assert agent.obs_stats.count == summary["transitions"] < 48  # reset steps do not count
+    assert seeds[:3] == [ppo.stream(1, "environments", i) for i in range(3)]
+
+
 # ------------------------------------------------------------------------------------------ TRPO
 class MeanKL(nn.Module):
     def __init__(self, agent: ppo.Agent):
@@ -119,27 +257,46 @@ def test_conjugate_gradient_is_a_direct_solution():
 
 
 @pytest.mark.parametrize("sigma", ["learned", "frozen"])
-@pytest.mark.parametrize("max_kl", [0.01, 1.0, 1000.0])
-def test_no_step_goes_farther_than_the_line_search_allows(max_kl, sigma):
-    args = trpo.Args(sigma=sigma, max_kl=max_kl, line_search_tries=3)
-    kls = []
+@pytest.mark.parametrize("max_kl", [1e-4, 1.0, 1000.0])
+def test_a_step_has_the_length_it_was_given_or_a_half_or_a_quarter_of_it(max_kl, sigma):
+    """To second order its KL on the subset is max_kl, with the damping. Far off neither holds."""
+    args = trpo.Args(sigma=sigma, max_kl=max_kl)
+    halvings = []
     for seed in range(4):
         agent = make_agent(hidden=16, seed=seed)
         batch = make_batch(agent)
-        before = copy.deepcopy(agent.state_dict())
+        old = copy.deepcopy(agent)
         told = trpo.trust_region_step(agent, batch, args)
-        after = agent.state_dict()
         kl = baselines.mean_kl(agent, batch).item()
-        kls.append(kl)
-        changed = [name for name in before if not torch.equal(before[name], after[name])]
-        if told["accepted"]:
-            assert 0 < kl <= 1.5 * max_kl and told["surrogate_gain"] >= 0
-            assert ("log_std" in changed) == (sigma == "learned")
-            assert not [name for name in changed if name.startswith("critic")]
-        else:
-            assert changed == [] and told["surrogate_gain"] == 0
-    if max_kl == 0.01:  # so small that both expansions hold: the step has the length it was given
-        assert kls == pytest.approx([0.01] * 4, rel=0.6)
+        assert told["accepted"] and 0 < kl <= 1.5 * max_kl and told["surrogate_gain"] >= 0
+        after = agent.state_dict()
+        changed = [name for name, x in old.state_dict().items() if not torch.equal(x, after[name])]
+        assert ("log_std" in changed) == (sigma == "learned")
+        assert not [name for name in changed if name.startswith("critic")]
+
+        weights, moved = (trpo.trained_weights(each, args) for each in (old, agent))
+        step = parameters_to_vector(moved) - parameters_to_vector(weights)
+        subset = {name: x[::5] for name, x in batch.items()}
+        product = trpo.fisher_product(old, subset, weights, args.damping)
+        length = 0.5 * (step @ product(step)).item()
+        assert length == pytest.approx(max_kl * 0.25 ** told["backtracks"], rel=1e-3)
+        halvings.append(told["backtracks"])
+    if max_kl == 1e-4:  # so small that both expansions hold
+        assert halvings == [0] * 4
+    if max_kl == 1000:
+        assert max(halvings) > 2
+
+
+def test_trpo_learns_from_standardised_advantages(monkeypatch):
+    """And fits the value function to the returns as they are."""
+    agent = make_agent()
+    batch = make_batch(agent, scale=10.0)
+    seen = []
+    monkeypatch.setattr(trpo, "trust_region_step", lambda *given: seen.append(given[1]) or {})
+    monkeypatch.setattr(baselines, "fit_value", lambda *given: seen.append(given[1]) or 0.0)
+    trpo.learn({"agent": agent}, batch, {}, trpo.Args())
+    torch.testing.assert_close(seen[0]["advantages"], ppo.standardise(batch["advantages"]))
+    assert seen[1]["returns"] is batch["returns"] and len(seen) == 2
 
 
 def test_a_step_that_is_not_accepted_is_taken_back():
@@ -169,7 +326,7 @@ def test_vpg_takes_the_gradient_of_ppos_pg_objective():
     """eq. 2 in ppo_continuous.py, with the policy's weights alone."""
     agent = make_agent(hidden=8)
     batch = make_batch(agent)
-    args = vpg.Args(value_epochs=1)
+    args = vpg.Args(value_epochs=1, kl_target=1.0)
     rng = torch.Generator().manual_seed(0)
     parts = {"agent": agent, "minibatch_rng": rng, **vpg.make_optimizers(agent, args)}
     flags = ppo.Args(norm_adv="minibatch", vf_coef=0.0, max_grad_norm=float("inf"))
@@ -180,21 +337,27 @@ def test_vpg_takes_the_gradient_of_ppos_pg_objective():
     torch.testing.assert_close(weights.grad, expected[: len(weights)])
     changed = {name for name, x in agent.state_dict().items() if not torch.equal(before[name], x)}
     assert {"log_std", "actor.0.weight", "critic.0.weight"} <= changed
-    assert charts["learning_rate"] == 1e-3
+    assert charts["learning_rate"] == 1e-3  # of this step; the KL was small, so the next is larger
+    assert parts["optimizer"].param_groups[0]["lr"] == pytest.approx(1.5e-3)
 
 
 # ------------------------------------------------------------------------------------------- A2C
-def test_a2c_is_ppo_with_one_epoch_of_one_minibatch():
-    """With the same optimiser, both updates lead to the same weights (Huang et al. 2022)."""
+@pytest.mark.parametrize("updates", [0, 1])
+def test_a2c_is_ppo_with_one_epoch_of_one_minibatch(updates):
+    """With the same optimiser, both updates lead to the same weights (Huang et al. 2022).
+
+    Of two updates, the second has half the step size.
+    """
     ours = make_agent(hidden=16)
-    args = a2c.Args(total_timesteps=80)
+    args = a2c.Args(total_timesteps=160)
     parts = {"agent": ours, **a2c.make_optimizers(ours, args)}
     theirs = copy.deepcopy(ours)
     batch = make_batch(ours, rows=80, scale=10.0)
     flags = ppo.Args(update_epochs=1, num_minibatches=1, norm_adv="none")
     flags = replace(flags, vf_coef=args.vf_coef, ent_coef=args.ent_coef, max_grad_norm=0.5)
     optimizer = a2c.RMSprop(ppo.one_vector(theirs), args.decay, args.eps)
-    optimizer.param_groups[0]["lr"] = args.learning_rate
+    learning_rate = args.learning_rate / (1 + updates)
+    optimizer.param_groups[0]["lr"] = learning_rate
     before = parameters_to_vector(ours.parameters()).detach().clone()
     ppo.update(
         agent=theirs,
@@ -205,8 +368,8 @@ def test_a2c_is_ppo_with_one_epoch_of_one_minibatch():
         args=flags,
         rng=torch.Generator().manual_seed(1),
     )
-    charts, losses = a2c.learn(parts, batch, {"updates": 0}, args)
-    assert charts["learning_rate"] == args.learning_rate and losses["grad_norm"] > 0.5
+    charts, losses = a2c.learn(parts, batch, {"updates": updates}, args)
+    assert charts["learning_rate"] == learning_rate and losses["grad_norm"] > 0.5
     moved = parameters_to_vector(ours.parameters()) - before
     expected = parameters_to_vector(theirs.parameters()) - before
     assert expected.abs().max() > 1e-5
@@ -432,6 +595,22 @@ def test_only_the_first_generation_changes_its_filter_while_it_plays(tmp_path, m
     assert len(firsts) > 1 and firsts[0] and not any(firsts[1:])
 
 
+def test_every_generation_has_environments_of_its_own_and_less_noise(tmp_path, monkeypatch):
+    seeds, extras, draw = spy_on_restarts(monkeypatch), [], cem.Search.draw
+
+    def watched(search, count, extra_variance, rng):
+        extras.append(extra_variance)
+        return draw(search, count, extra_variance, rng)
+
+    monkeypatch.setattr(cem.Search, "draw", watched)
+    flags = f"{PENDULUM} --num-envs 4 --candidates 4 --elite 0.5 --total-timesteps 150"
+    run("cem", f"{flags} --extra-std 0.5 --extra-generations 2", tmp_path / "run")
+    assert extras[:4] == [0.25, 0.125, 0, 0]
+    assert seeds[: len(extras)] == [
+        ppo.stream(1, "environments", generation) for generation in range(len(extras))
+    ]
+
+
 # -------------------------------------------------------------------------------------- TRAINING
 @pytest.mark.parametrize(
     "name, flags",
@@ -444,10 +623,15 @@ def test_only_the_first_generation_changes_its_filter_while_it_plays(tmp_path, m
     ],
 )
 def test_each_learns_to_balance_a_pole(name, flags, tmp_path):
+    """And to predict its returns: of a critic that learns nothing, 0 of their variance."""
     summary = run(name, f"{PENDULUM} {flags}", tmp_path / "run")
     returns = [float(row["return"]) for row in rows(tmp_path / "run/episodes.csv")]
     assert np.mean(returns[:100]) < 13
-    assert summary["last_100_return"] > 2 * np.mean(returns[:100])
+    assert summary["last_100_return"] > 3 * np.mean(returns[:100])
+    if name != "cem":
+        metrics = pd.read_csv(tmp_path / "run/metrics.csv")
+        explained = metrics["losses/explained_variance"]
+        assert explained[len(metrics) // 2 :].mean() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -609,7 +793,8 @@ def write_ppo(folder: Path, returns: dict[tuple[str, int], float]) -> None:
             ends = {"bootstrap_truncated": "False"}
             runs.append(who | ends | {"last_100_return": x + shift})
             for step in (1000, 1_000_000):
-                points.append(who | {"global_step": step, "episodic_return": x + shift})
+                point = {"global_step": step, "episodic_return": x + shift}
+                points.append(who | point | {"kl": 0.01, "beta": "", "action_std": 1})
     sweep.write(folder / "runs.csv", pd.DataFrame(runs))
     sweep.write(folder / "curves.csv", pd.DataFrame(points))
 
@@ -624,6 +809,7 @@ def test_report_by_hand(tmp_path):
             cells["Hopper-v4", name, seed] = mean + (seed - 1.5)
             if name != "vpg" and (name, seed) != ("cem", 2):
                 cells["Swimmer-v4", name, seed] = mean / 10
+    cells |= {("Hopper-v4", "trpo-frozen-discount", seed): 2000 + seed for seed in (1, 2)}
     write_results(tmp_path / "t", cells)
     returns = {("Hopper-v4", seed): 1900.0 + 100 * seed for seed in (1, 2, 3)}
     write_ppo(tmp_path / "ppo", returns)
@@ -641,6 +827,7 @@ def test_report_by_hand(tmp_path):
     assert "**PARTIAL: 25 of 28 runs are in: 2 tasks x 7 algorithms x 2 seeds.**" in text
     assert "- `vpg`, seeds 1 2: Swimmer-v4\n- `cem`, seeds 2: Swimmer-v4\n" in text
     assert "- PPO, which benchmark/table1.py runs: Swimmer-v4\n" in text
+    assert "- the experiment `" not in text and "runs of other seeds" not in text
     assert "Seeds of PPO: Hopper-v4 3." in text
     # Student's t: 4.303 x 100 / sqrt 3, and 12.71 x 0.7071 / sqrt 2
     assert "| `ppo` | 2,100 [1,852, 2,348], n = 3<br>paper 2,203 | paper 107 |" in text
@@ -659,6 +846,9 @@ def test_report_by_hand(tmp_path):
     assert "| `cem` | Swimmer-v4 | 50.8, n = 1 | 1.9 | the paper, CEM | +41% |" in text
     later = "| 95.0 | TRPO, OpenAI Baselines 2018 | +130% |"
     assert f"| `trpo-learned` | Swimmer-v4 | 250 [250, 250] {later}" in text
+    with_and_without = "| 2,002 [1,995, 2,008] | 1,500 [1,494, 1,506] | 2,064 | the paper, TRPO |"
+    (experiment,) = [line for line in text.splitlines() if with_and_without in line]
+    assert experiment.startswith("| `trpo-frozen-discount` | Hopper-v4 | gamma 0.995 and lambda")
     # the paper's TRPO ends at 2,064 on Hopper and at 121.5 on Swimmer
     assert "| `trpo-frozen` | 1,500 [1,494, 1,506] | 150 [150, 150] |\n" in text
     assert "| TRPO, the paper | 2,064 | 122 |\n" in text
@@ -673,13 +863,34 @@ def test_report_by_hand(tmp_path):
     assert text.count(f"    python benchmark/baselines/trpo.py {flags}\n") == 1
 
 
+def test_a_part_is_reported_with_all_that_is_there_and_experiments_are_planned_last(tmp_path):
+    cells = {("Hopper-v4", name, 1): 1.0 for name in figure3.ALGORITHMS}
+    write_results(tmp_path, cells | {("Reacher-v4", "cem", 1): 1.0})
+    args = ["--report", "--results", str(tmp_path), "--ppo", str(tmp_path / "none")]
+    figure3.main([*args, "--tasks", "Hopper", "--algorithms", "cem", "--seeds", "1"])
+    text = (tmp_path / "summary.md").read_text()
+    assert "too few runs: ppo, trpo-frozen, vpg, a2c, a2c-tr, cem |" in text  # one run each
+    assert "8 of 14 runs are in: 2 tasks x 7 algorithms x 1 seeds.**" in text
+    assert "- the experiment `trpo-frozen-discount`, seed 1: Hopper-v4\n" in text
+    assert "PPO's runs are in none/.\n" in text
+    grid = figure3.Grid(["Hopper-v4", "Reacher-v4"], ["trpo-frozen", "cem"], [1, 2])
+    calls = figure3.plan(grid, sweep.Table(tmp_path, figure3.LAYOUT), 1_000_000)
+    names = ["trpo-frozen__1"] + ["trpo-frozen__2", "cem__2"] * 2
+    names += [f"{name}__{s}" for name in ("trpo-frozen-discount", "cem-unclipped") for s in (1, 2)]
+    assert [call.path.name for call in calls] == names
+    assert "--no-clip-actions" in calls[-1].flags
+    assert calls[-1].labels == {"algorithm": "cem-unclipped"}
+
+
 def test_ppo_with_other_details_is_no_peer(tmp_path):
     write_results(tmp_path / "t", {("Hopper-v4", "a2c", 1): 900.0})
     write_ppo(tmp_path / "ppo", {("Hopper-v4", 1): 2000.0})
     runs = pd.read_csv(tmp_path / "ppo/runs.csv").assign(bootstrap_truncated="True")
-    sweep.write(tmp_path / "ppo/runs.csv", runs)
-    with pytest.raises(UserError, match="go on at a time limit"):
-        figure3.main(["--report", "--results", str(tmp_path / "t"), "--ppo", str(tmp_path / "ppo")])
+    args = ["--report", "--results", str(tmp_path / "t"), "--ppo", str(tmp_path / "ppo")]
+    for rows in (runs, runs.drop(columns="bootstrap_truncated")):  # or of the time before the flag
+        sweep.write(tmp_path / "ppo/runs.csv", rows)
+        with pytest.raises(UserError, match="go on at a time limit"):
+            figure3.main(args)
 
 
 def test_ranks_by_hand():

@@ -409,12 +409,16 @@ def test_walltime_measures_whole_processes(toy, monkeypatch):
 
     monkeypatch.setattr(classic, "execute", execute)
     (root / "runs/walltime/1").mkdir(parents=True)  # a measurement that was interrupted
+    start = time.perf_counter()
     classic.main(["--walltime"])
+    whole = time.perf_counter() - start
     rows = read_csv(root / "results/walltime.csv")
     assert [row["command"] for row in rows] == [
         f"python {' '.join(arguments)}" for arguments in slept
     ]
-    assert all(0.1 <= float(row["seconds"]) < 5 and int(row["cores"]) >= 1 for row in rows)
+    seconds = [float(row["seconds"]) for row in rows]
+    assert min(seconds) >= 0.1 and sum(seconds) <= whole
+    assert all(int(row["cores"]) >= 1 for row in rows)
 
 
 # ----------------------------------------------------------------------------------------- SPEED

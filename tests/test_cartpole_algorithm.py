@@ -120,7 +120,7 @@ def test_a_time_limit_is_bootstrapped_from_its_own_last_observation_or_cut(
     monkeypatch.setattr(ppo, "collect", collect)
     monkeypatch.setattr(ppo, "update", update)
     words = "--env-id ProbeCounter-v0 --num-envs 2 --num-steps 6 --num-minibatches 1 --gamma 0.5"
-    words += f" --total-timesteps 12 --gae-lambda 0.5 --eval-episodes 1 --run-dir {tmp_path}/run"
+    words += f" --total-timesteps 12 --gae-lambda 0.25 --eval-episodes 1 --run-dir {tmp_path}/run"
     words += "" if bootstrap else " --no-bootstrap-truncated"
     ppo.train(ppo.parse_args(words.split()))
     ((rollout, episodes),) = rollouts
@@ -136,8 +136,8 @@ def test_a_time_limit_is_bootstrapped_from_its_own_last_observation_or_cut(
     last = 3 + 15 - 20 if bootstrap else 3 - 20  # V of the final observation, which is 3, not 0
     deltas = [1 + 5 - 0, 2 + 10 - 10, last]  # r + gamma 10 s' - 10 s
     assert batch["advantages"][2].item() == deltas[2]
-    assert batch["advantages"][0].item() == deltas[0] + 0.25 * deltas[1] + 0.0625 * deltas[2]
-    assert batch["advantages"][4].item() == 6 + 0.25 * 2  # this episode owes the first one nothing
+    assert batch["advantages"][0].item() == deltas[0] + deltas[1] / 8 + deltas[2] / 64
+    assert batch["advantages"][4].item() == 6 + 2 / 8  # this episode owes the first one nothing
     assert torch.equal(batch["returns"], batch["advantages"] + batch["values"])
 
 
@@ -421,12 +421,14 @@ def check_minibatches(script) -> None:
     """Parts of a permutation of all rows, reset rows struck out; all epochs are drawn at first."""
     agent, batch = random_batch(script, 64, resets=0.3)
     batch["advantages"] = torch.arange(64.0)  # the number of each row
-    for approx_kl, epochs in ((0.0, 3), (1.0, 1)):  # --target-kl ends an update, not its drawing
+    # the KL of each epoch, and how many there are: --target-kl ends an update, not its drawing. In
+    # the last case the mean of all epochs so far is 0.4, below 0.5
+    for kls, epochs in (((0.0, 0.0, 0.0), 3), ((1.0, 0.0, 0.0), 1), ((0.0, 0.8, 0.0), 2)):
         parts = []
 
-        def gradient(agent, minibatch, *rest, parts=parts, approx_kl=approx_kl):
+        def gradient(agent, minibatch, *rest, parts=parts, kls=kls):
             parts.append(minibatch["advantages"].int().tolist())
-            return None, {"approx_kl": torch.tensor(approx_kl)}
+            return None, {"approx_kl": torch.tensor(kls[(len(parts) - 1) // 4])}
 
         rng, expected_rng, expected = seeded(5), seeded(5), []
         orders = [torch.randperm(64, generator=expected_rng) for _ in range(3)]
@@ -622,6 +624,64 @@ def test_a_compiled_gradient_is_the_eager_one():
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
+# ---------------------------------------------------------------------------------- around updates
+def check_parts(script, parts: dict, seed: int) -> None:
+    """What begin() gives a run of this seed to learn and draw with."""
+    optimizer = parts["optimizer"]
+    expected = {"betas": (0.9, 0.999), "eps": 1e-5, "weight_decay": 0, "amsgrad": False}
+    assert type(optimizer) is torch.optim.Adam
+    assert {name: optimizer.defaults[name] for name in expected} == expected
+    for part, name in (("action_rng", "actions"), ("minibatch_rng", "minibatches")):
+        assert parts[part].initial_seed() == script.stream(seed, name), part
+
+
+def test_a_run_begins_with_adam_and_two_streams_of_its_own():
+    args = Args(seed=3)
+    _, parts = ppo.begin(args, Actors(args, 1), None)
+    check_parts(ppo, parts, 3)
+
+
+def check_three_updates(script, args) -> list[dict]:
+    """The step size and beta of each, and the seeds of environments. Returns what update() got.
+
+    update() learns nothing, and reports a KL that is too large after it, and 0 while it went on.
+    """
+    args.checkpoint_every, args.eval_episodes = 1, 1
+    assert args.num_updates == 3
+    updates, seeds, restart = [], [], script.Actors.restart
+
+    def update(optimizer, **given):
+        updates.append(given | {"lr": optimizer.param_groups[0]["lr"]})
+        return {"kl": 0.0, "approx_kl": 0.0, "kl_after_update": 1.0}
+
+    def watched_restart(actors, seed):
+        seeds.append(seed)
+        restart(actors, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "update", update)
+        patch.setattr(script.Actors, "restart", watched_restart)
+        script.train(args)
+    falling = (1, 2 / 3, 1 / 3) if args.anneal_lr else (1, 1, 1)
+    lrs = [given["lr"] / args.learning_rate for given in updates]
+    assert lrs == pytest.approx(falling)
+    adaptive = args.objective == "adaptive:0.01"
+    assert [given["beta"] for given in updates] == ([1, 2, 4] if adaptive else [0, 0, 0])
+    expected = [script.stream(args.seed, "environments", i) for i in range(3)]
+    assert seeds == [*expected, 2**30 + script.stream(args.seed, "evaluation")]
+    return updates
+
+
+SCHEDULES = [("adaptive:0.01", True), ("clip:0.2", False)]
+THREE = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 96}
+
+
+@pytest.mark.parametrize(("objective", "anneal_lr"), SCHEDULES)
+def test_each_update_has_its_step_size_its_beta_and_its_seed(objective, anneal_lr, tmp_path):
+    run = str(tmp_path / "run")
+    check_three_updates(ppo, Args(**THREE, objective=objective, anneal_lr=anneal_lr, run_dir=run))
+
+
 # -------------------------------------------------------------------------------------- learning
 def trained(tmp_path, **flags) -> tuple:
     """The trained agent's probabilities of actions, and its value, as functions of a number."""
@@ -672,8 +732,8 @@ def test_probe_reward_by_observation_and_action_needs_all_of_it(tmp_path, object
 @pytest.mark.parametrize("flags", [{}, {"objective": "adaptive:0.01"}])
 def test_the_default_run_solves_cartpole(tmp_path, flags):
     _, summary = ppo.train(Args(run_dir=str(tmp_path / "run"), seed=7, **flags))
-    assert summary["eval_return_mean"] == 500.0 and summary["eval_episodes"] == 20
-    assert summary["last_100_return"] >= 475
+    assert summary["eval_return_mean"] >= 475 and summary["eval_episodes"] == 20
+    assert summary["last_100_return"] >= 475  # where CartPole counts as solved
 
 
 def test_in_a_notebook(tmp_path):

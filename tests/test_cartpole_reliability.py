@@ -611,6 +611,29 @@ def test_episodic_means_are_empty_before_the_first_episode_ends(main, tmp_path):
         assert [row["global_step"] for row in metrics if row[name] == ""] == before
 
 
+def test_episodic_means_are_of_the_last_100_episodes(tmp_path):
+    """150 episodes of returns 0 to 149, each twice as long, in three updates of 50."""
+    who = {"seed": 1, "objective": "pg"}
+    run = ppo.Run(ppo.Args(run_dir=str(tmp_path / "run")), {"env_id": "E"}, who, None)
+    for update in (1, 2, 3):
+        first = 50 * (update - 1)
+        episodes = [(i, float(first + i), 2 * (first + i)) for i in range(50)]
+        run.log(update, episodes, {}, {"kl_after_update": 0.0})
+    summary = run.finish({"updates": 3, "transitions": 0, "diverged_at": None}, [0.0])
+    assert summary["last_100_return"] == np.mean(range(50, 150))
+    means = [float(row["charts/episodic_return"]) for row in rows(run.path / "metrics.csv")]
+    assert means == [np.mean(range(50)), np.mean(range(100)), np.mean(range(50, 150))]
+    last = rows(run.path / "metrics.csv")[-1]
+    assert float(last["charts/episodic_length"]) == 2 * np.mean(range(50, 150))
+
+
+def test_streams_stay_below_the_seeds_of_evaluations():
+    """By the 2^20 environments that may count on from each; and they fill what is left."""
+    bound = 2**30 - 2**20
+    seeds = [ppo.stream(1, "environments", i) for i in range(20_000)]
+    assert 0 <= min(seeds) < 0.001 * bound and 0.999 * bound < max(seeds) < bound
+
+
 def test_evaluate_writes_evaluation_json_and_says_one_line(finished, main, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     (summary,) = json.loads((finished / "summary.json").read_text())

@@ -29,6 +29,7 @@ def tables(folder, value) -> None:
             x = str(value(task, setting, seed))
             row = dict.fromkeys(defaults.LAYOUT.columns, "1") | key
             row |= {"last_100_return": x, "eval_return_mean": x, "started": "2026-01-01T00:00:00"}
+            row["diverged_at"] = ""
             flags = ["--preset", "modern", *defaults.flags_of(setting), "--run-dir", "runs/x"]
             runs.append(row | {"command": " ".join(["python", *flags])})
             for step in (1000, 2000):
@@ -111,10 +112,10 @@ def test_the_report_says_what_the_runs_say_twice_the_same(tmp_path):
     verdicts = summary[summary.index("Welch's t") :]
     assert [cells(verdicts, f"{name}-v4")[4] for name in ("HalfCheetah", "Hopper", "Walker2d")] == [
         "better",
-        "equal within intervals",
+        "no difference shown",
         "worse",
     ]
-    assert "our mean is higher on 4; ours are better on 3, equal within intervals on 1" in verdicts
+    assert "higher on 4 of 7 tasks; by the test, it is better on 3, worse on 3." in verdicts
 
 
 def test_the_candidate_stands_beside_the_defaults_with_the_same_seeds(tmp_path):
@@ -129,6 +130,7 @@ def test_the_candidate_stands_beside_the_defaults_with_the_same_seeds(tmp_path):
     (tmp_path / "other/final").rename(tmp_path / "candidate")
     runs = pd.read_csv(tmp_path / "candidate/runs.csv", dtype=str)
     runs.loc[runs["env_id"] == "InvertedPendulum-v4", "last_100_return"] = "5003"
+    runs.loc[(runs["env_id"] == "Swimmer-v4") & (runs["seed"] == "110"), "diverged_at"] = "2048"
     runs["eval_return_mean"] = "7"  # the verdicts are about the last 100 episodes
     sweep.write(tmp_path / "candidate/runs.csv", runs[runs["seed"] != "101"])
     defaults.report(tmp_path)
@@ -139,10 +141,21 @@ def test_the_candidate_stands_beside_the_defaults_with_the_same_seeds(tmp_path):
     assert hopper[1:3] == ["9", "5,106"] and hopper[3].startswith("5,002, 5,003")
     assert hopper[4] == "2,106" and hopper[5].endswith("2,009, 2,910") and hopper[6] == "worse"
     # 300 apart, with an error of 101 on each side: t = 2.1
-    assert cells(told, "HalfCheetah-v4")[6:] == ["equal within intervals", "0.051"]
+    assert cells(told, "HalfCheetah-v4")[6:] == ["no difference shown", "0.051"]
     # no spread on one side: t(8) = 1.02
-    assert cells(told, "InvertedPendulum-v4")[6:] == ["equal within intervals", "0.34"]
+    assert cells(told, "InvertedPendulum-v4")[6:] == ["no difference shown", "0.34"]
+    assert "Of the candidate: 1 of 63 runs met a number that was not finite" in told
+    assert "finite weights: Swimmer-v4 seed 110 at step 2048." in told
     assert "In that commit `--preset modern` meant `gamma-0.995-none`." in told
+
+
+def test_a_search_that_would_mean_something_else_is_refused(tmp_path):
+    flags = ["--search", "--results", str(tmp_path)]
+    with pytest.raises(UserError, match=r"the search is on HalfCheetah-v4 .* alone"):
+        defaults.main([*flags, "--tasks", "Hopper-v4"])
+    with pytest.raises(UserError, match=r"as it is; leave out --settings relu$"):
+        defaults.main([*flags, "--engine", "ray", "--settings", "centre", "relu"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_that_are_not_there_are_left_out(tmp_path):
@@ -160,11 +173,12 @@ def test_parts_that_are_not_there_are_left_out(tmp_path):
 
 def test_two_samples_without_spread_are_told_apart_by_their_means():
     assert defaults.welch((2.0, 0.0, 3), (1.0, 0.0, 3))[0] == "better"
-    assert defaults.welch((1.0, 0.0, 3), (1.0, 0.0, 3)) == ("equal within intervals", "1")
+    assert defaults.welch((1.0, 0.0, 3), (1.0, 0.0, 3)) == ("no difference shown", "1")
+    assert defaults.welch((2.0, np.nan, 1), (1.0, 1.0, 3)) == ("one run only", "")
     # unequal deviations and sizes: scipy on the data itself
     x, y = np.array([1.0, 2.0, 9.0]), np.array([10.0, 11.0, 12.0, 11.0])
     expected = stats.ttest_ind(x, y, equal_var=False).pvalue
     assert defaults.welch(defaults.moments(x), defaults.moments(y)) == (
-        "equal within intervals",
+        "no difference shown",
         f"{expected:.2g}",
     )

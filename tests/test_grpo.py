@@ -539,6 +539,78 @@ def test_the_later_inner_steps_leave_ratio_1_and_are_clipped():
     assert metrics["kl_after_update"] == pytest.approx(kl.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("limit", [0.1, math.inf])
+def test_each_inner_step_follows_its_own_gradient_scaled_down_to_the_limit(limit):
+    """Two steps on one batch are those of two calls with one step each."""
+    task, weights, norms = count_task(), [], []
+    for calls in ([1, 1], [2]):
+        agent = policy(task)
+        batch = written(agent, task)
+        batch["advantages"] = group_advantages(random_rewards(8, 16), "group", "group").flatten()
+        batch["ref_log_probs"] = batch["log_probs"]
+        optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
+        weights.append(parameters_to_vector(agent.parameters()).detach())
+        for count in calls:
+            args = Args(group_size=16, num_iterations=count, max_grad_norm=limit)
+            metrics = grpo.update(agent, optimizer, batch, task.max_length, args)
+            norms.append(metrics["grad_norm"])
+            weights.append(parameters_to_vector(agent.parameters()).detach())
+    start, first, second, start_again, both = weights
+    assert start.equal(start_again) and norms[0] > 0.2  # as logged, before it is scaled down
+    assert (first - start).norm().item() == pytest.approx(min(norms[0], limit), rel=1e-3)
+    assert (second - first).abs().max() > 1e-3
+    torch.testing.assert_close(both, second)
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_the_step_size_decays_to_0_where_it_is_told_to(anneal, monkeypatch, tmp_path):
+    seen, update = [], grpo.update
+
+    def watched(agent, optimizer, *rest):
+        (group,) = optimizer.param_groups
+        seen.append((group["lr"], group["weight_decay"]))
+        return update(agent, optimizer, *rest)
+
+    monkeypatch.setattr(grpo, "update", watched)
+    flags = {"learning_rate": 3e-3, "anneal_lr": anneal, "weight_decay": 0.02}
+    run = tmp_path / "run"
+    grpo.train(quick(total_timesteps=24, run_dir=str(run), **flags), count_task())
+    expected = [3e-3, 2e-3, 1e-3] if anneal else [3e-3] * 3
+    assert seen == [(pytest.approx(lr), 0.02) for lr in expected]
+    logged = [float(row["charts/learning_rate"]) for row in rows(run / "metrics.csv")]
+    assert logged == pytest.approx(expected)
+
+
+# --------------------------------------------------------------------------- what is reported
+def test_the_metrics_of_a_batch_by_hand():
+    """Answers of 2, 3, 1 and 3 words; the second is cut off. The first of each group is right."""
+    answers = {
+        "tokens": torch.tensor([[5, 0, 0], [5, 6, 7], [0, 0, 0], [5, 6, 0]]),
+        "mask": torch.arange(3) < torch.tensor([[2], [3], [1], [3]]),
+    }
+    found = grpo.group_metrics(torch.tensor([[1.0, 0.5], [1.0, 0.0]]), answers)
+    by_hand = {
+        "reward": 0.625,
+        "frac_right": 0.5,
+        "completions/clipped_ratio": 0.25,
+        "completions/mean_length": 2.25,
+        "completions/mean_terminated_length": 2.0,
+        "completions/mean_right_length": 1.5,
+        "completions/mean_wrong_length": 3.0,
+    }
+    assert {name: found[name] for name in by_hand} == by_hand
+    assert grpo.group_metrics(torch.zeros(2, 2), answers)["completions/mean_right_length"] is None
+
+
+def test_pass_at_k_is_the_share_of_questions_with_a_right_answer():
+    """Right is one of six greedy answers, and one of four samples for half of the questions."""
+    rewards = iter([0, 1, 0, 0, 0, 0] + 3 * [0, 0, 0, 1] + 3 * [0, 0, 0, 0])
+    task = count_task(verify=lambda prompt, answer: next(rewards))
+    found = grpo.evaluate(policy(task), task, Args(pass_k=4))
+    assert found["pass@1"] == pytest.approx(1 / 6) and found["pass@k"] == 0.5
+    assert next(rewards, None) is None
+
+
 # -------------------------------------------------------------------------------------- the tasks
 def test_sort_is_verified_place_by_place():
     prompt = [*"3130", "_", "_"]
@@ -766,7 +838,7 @@ def test_a_run_stopped_and_resumed_leaves_the_same_bits(
 def test_a_run_killed_at_a_random_moment_and_resumed_leaves_the_same_bits(finished, tmp_path):
     run, rng = tmp_path / "run", random.Random(0)
     command = [*RUNS["countdown"].split(), "--run-dir", str(run)]
-    for wanted in sorted(rng.sample(range(1, 12), 2)):
+    for wanted in sorted(rng.sample(range(1, 7), 2)):  # early in 12 updates: none may escape
         quiet = {"stdout": subprocess.DEVNULL}
         process = subprocess.Popen([sys.executable, SCRIPT, *command], **quiet)
         deadline = time.monotonic() + LIMIT
@@ -840,8 +912,7 @@ def test_everything_a_run_leaves(name, finished):
     assert summary["transitions"] == sum(int(row["length"]) for row in episodes)
     assert all(0 <= summary[key] <= 1 for key in summary if key.startswith("pass"))
     assert summary["k"] == 2
-    assert (summary["warmup_seconds"] > 0.01) == (name == "countdown")
-    assert summary["warmup_seconds"] < summary["wall_seconds"] and summary["sps"] > 0
+    assert 0 < summary["warmup_seconds"] < summary["wall_seconds"] and summary["sps"] > 0
 
 
 def test_what_a_person_sees(main, tmp_path):

@@ -386,7 +386,7 @@ def test_without_a_folder_one_is_made(tmp_path, monkeypatch):
     humanoid_ppo.command(
         [*FLAGS.split(), "--total-timesteps", "64", "--no-adapt-lr", "--anneal-lr"]
     )
-    (path,) = tmp_path.glob("runs/Humanoid-v4__humanoid_ppo__1__*")
+    (path,) = tmp_path.glob("runs/Humanoid-v4__benchmark-humanoid_ppo__1__*")
     assert json.loads((path / "config.json").read_text())["script"] == humanoid_ppo.SCRIPT
     assert float(read_csv(path / "metrics.csv")[0]["charts/learning_rate"]) == 3e-4
 

@@ -138,11 +138,12 @@ def record_rollout(crowd: list[Args]) -> tuple[dict, np.ndarray]:
     return rollout, noise
 
 
-def replay(patch: pytest.MonkeyPatch, rollout: dict) -> None:
-    """Let whoever collects get this rollout, and nobody be evaluated."""
-    copy = {name: x.clone() for name, x in rollout.items()}
-    patch.setattr(ppo, "collect", lambda *_: (copy, []))
+def replay(patch: pytest.MonkeyPatch, *rollouts: dict) -> None:
+    """Let whoever collects get these rollouts in turn, and nobody be evaluated."""
+    copies = iter([{name: x.clone() for name, x in rollout.items()} for rollout in rollouts])
+    patch.setattr(ppo, "collect", lambda *_: (next(copies), []))
     patch.setattr(ppo, "evaluate", lambda *_: [0.0])
+    patch.setattr(lockstep, "evaluate", lambda agents, *_: [[0.0] for _ in agents])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,6 @@ def test_every_agent_learns_from_a_rollout_what_the_script_learns(flags, monkeyp
     with monkeypatch.context() as patch:
         replay(patch, rollout)
         patch.setattr(lockstep, "make_steps", watched_steps)
-        patch.setattr(lockstep, "evaluate", lambda agents, *_: [[0.0] for _ in agents])
         train(tmp_path / "crowd", **flags)
     places = {"clip": 0, "kl": 0}
     for i, args in enumerate(crowd):
@@ -222,6 +222,58 @@ def test_every_agent_learns_from_a_rollout_what_the_script_learns(flags, monkeyp
         for name in ours:
             if name.startswith("losses/"):
                 assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-2, abs=1e-4)
+
+
+def test_what_a_crowd_carries_on_from_update_to_update_is_what_the_script_does(
+    monkeypatch, tmp_path
+):
+    """Step size, beta, environment seeds, statistics; three updates in which no weight changes.
+
+    A checkpoint after the second restarts the environments. In the third, one reward of each agent
+    is so large that it is clipped.
+    """
+    flags = {"total_timesteps": 3 * 64, "checkpoint_every": 2}
+    crowd = crowd_of(objectives=["adaptive:0.01"], **flags)
+    rollout, _ = record_rollout(crowd)
+    rewards = torch.cat([rollout["rewards"][:-1], torch.tensor([[1e4, -1e4]])])
+    rollouts = [rollout, rollout, rollout | {"rewards": rewards}]
+    seen, seeds, restart = [], [], ppo.Actors.restart
+
+    def watched_restart(actors, seed):
+        seeds.append(seed)
+        restart(actors, seed)
+
+    def crowd_update(agents, batches, betas, alive, lr, **_):
+        seen.append((lr, betas, batches))
+        return [{"kl_after_update": 0.1} for _ in agents], alive
+
+    with monkeypatch.context() as patch:
+        replay(patch, *rollouts)
+        patch.setattr(ppo.Actors, "restart", watched_restart)
+        patch.setattr(lockstep, "update", crowd_update)
+        train(tmp_path / "crowd", objectives=["adaptive:0.01"], **flags)
+    ours, our_seeds = seen[:], seeds[:]
+    assert len(ours) == 3 and len(our_seeds) == 2
+    for i, args in enumerate(crowd):
+        seen.clear(), seeds.clear()
+
+        def update(optimizer, beta, batch, **_):
+            seen.append((optimizer.param_groups[0]["lr"], beta, batch))
+            return {"kl_after_update": 0.1}
+
+        with monkeypatch.context() as patch:
+            replay(patch, *[{name: x[:, i : i + 1] for name, x in r.items()} for r in rollouts])
+            patch.setattr(ppo.Actors, "restart", watched_restart)
+            patch.setattr(ppo, "update", update)
+            patch.setattr(ppo, "check_played", lambda *_: None)  # it was played with no statistics
+            ppo.train(replace(args, run_dir=str(tmp_path / str(i))))
+        assert [each[i] for each in our_seeds] == seeds and seeds[0] != seeds[1]
+        for (our_lr, betas, batches), (lr, beta, batch) in zip(ours, seen, strict=True):
+            assert (our_lr, betas[i]) == (lr, beta)
+            for name, x in batch.items():
+                torch.testing.assert_close(batches[i][name], x, rtol=1e-4, atol=1e-4)
+        assert [lr for lr, *_ in seen] == pytest.approx([3e-3, 2e-3, 1e-3])
+        assert [beta for _, beta, _ in seen] == [1, 2, 4]
 
 
 def test_a_policy_that_the_fast_one_does_not_follow_is_refused(monkeypatch, tmp_path):
@@ -270,11 +322,13 @@ def random_batch(agent: ppo.Agent, rng: torch.Generator) -> dict:
     }
 
 
-def learn(crowd: list[Args], parts: list[dict], batches: list[dict], compiling=False) -> tuple:
+def learn(
+    crowd: list[Args], parts: list[dict], batches: list[dict], compiling=False, first=0
+) -> tuple:
+    """An update. Each agent has orders of its own, in every call the same: those from the first."""
     agents = [mine["agent"] for mine in parts]
-    orders = [torch.stack([torch.randperm(64) for _ in range(3)]) for _ in crowd[:1]] * len(crowd)
     torch.manual_seed(0)
-    orders = [torch.stack([torch.randperm(64) for _ in range(3)])] * len(crowd)
+    orders = [torch.stack([torch.randperm(64) for _ in range(3)])[first:] for _ in crowd]
     return lockstep.update(
         steps=lockstep.make_steps(agents, crowd, compiling),
         agents=agents,
@@ -286,6 +340,28 @@ def learn(crowd: list[Args], parts: list[dict], batches: list[dict], compiling=F
         orders=orders,
         lr=3e-3,
     )
+
+
+def test_two_updates_are_one_of_as_many_epochs():
+    """To the bit: Adam goes on from where it was."""
+    crowd, results = crowd_of(), []
+    actors = ppo.Actors(crowd[0], len(crowd))
+    for epochs in ([3], [1, 2]):
+        parts = [ppo.begin(args, actors, None)[1] for args in crowd]
+        rng = torch.Generator().manual_seed(0)
+        batches = [random_batch(mine["agent"], rng) for mine in parts]
+        done = 0
+        for count in epochs:
+            learn(crowd_of(update_epochs=count), parts, batches, first=done)
+            done += count
+        states = []
+        for mine in parts:
+            (state,) = mine["optimizer"].state.values()
+            states.append(state | {"weights": flat(mine["agent"])})
+        results.append(states)
+    for one, other in zip(*results, strict=True):
+        assert one["step"] == 12 and one["exp_avg"].abs().max() > 0
+        same(one, other)
 
 
 @pytest.mark.parametrize("where", ["returns", "advantages", "obs"])
@@ -323,6 +399,41 @@ def test_what_stands_in_reset_rows_changes_nothing():
         learn(crowd, parts, batches)
         results.append(torch.stack([flat(mine["agent"]) for mine in parts]))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_the_evaluation_begins_as_the_scripts_does(sample, monkeypatch, tmp_path):
+    """The seed of every episode, more of them than fit at once, and its first action.
+
+    Episodes of one step, which return their seed.
+    """
+    crowd = crowd_of(env_id="Pendulum-v1", eval_episodes=20, sample_actions=sample)
+    actors = ppo.Actors(crowd[0], len(crowd))
+    agents = [ppo.begin(args, actors, None)[1]["agent"] for args in crowd]
+    restart, played = ppo.Actors.restart, []
+
+    def watched_restart(actors, seeds):
+        restart(actors, seeds)
+        actors.seeds = seeds
+
+    def step(actors, actions):
+        played.append((actors.seeds, actors.obs, actions))
+        return None, [(i, float(seed), 1) for i, seed in enumerate(actors.seeds)]
+
+    monkeypatch.setattr(ppo.Actors, "restart", watched_restart)
+    monkeypatch.setattr(ppo.Actors, "step", step)
+    returns = lockstep.evaluate(agents, crowd, tmp_path)
+    for args, mine in zip(crowd, returns, strict=True):
+        first = 2**30 + ppo.stream(args.seed, "evaluation")
+        assert mine == list(range(first, first + 20))
+    assert len(played) == 2
+    for seeds, obs, actions in played:
+        for i, seed in enumerate(seeds):
+            rng = torch.Generator().manual_seed(seed)
+            noise = ppo.draw_noise((1, 1), rng) if sample else 0.0
+            agent = agents[i * len(agents) // len(seeds)]
+            expected = ppo.act(agent, obs[i : i + 1], noise)[0]
+            np.testing.assert_allclose(actions[i], expected, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------- a crowd's folder

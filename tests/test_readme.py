@@ -31,6 +31,7 @@ from benchmark import (
     ratchet,
     read_csv,
     readme,
+    recurrent,
     speed,
     sweep,
     table1,
@@ -253,12 +254,12 @@ def reports() -> dict:
     def of_folder(tool):
         return lambda folder: tool.main(["--report", "--results", str(folder)])
 
-    def of_preset(preset: str):
+    def of_preset(preset: str, *more: str):
         def write(folder: Path) -> None:
             objectives = {row["objective"] for row in read_csv(folder / "runs.csv")}
             seeds = {row["seed"] for row in read_csv(folder / "runs.csv")}
             flags = ["--report", "--preset", preset, "--results", str(folder)]
-            table1.main([*flags, "--objectives", *objectives, "--seeds", *seeds])
+            table1.main([*flags, "--objectives", *objectives, "--seeds", *seeds, "--", *more])
 
         return write
 
@@ -269,11 +270,11 @@ def reports() -> dict:
     found |= {f"speed/{suite}.md": speed_table(suite) for suite in speed.SUITES}
     for tool in (defaults, figure3):
         found[f"{tool.__name__.rpartition('.')[2]}/summary.md"] = of_folder(tool)
-    for tool in (classic, grpo, atari, ratchet, humanoid):
+    for tool in (classic, grpo, atari, ratchet, humanoid, recurrent):
         found[f"{tool.__name__.rpartition('.')[2]}/summary.md"] = module(tool)
     found |= {
         "table1/summary.md": of_preset("paper"),
-        "table1-bootstrapped/summary.md": of_preset("paper"),
+        "table1-bootstrapped/summary.md": of_preset("paper", "--bootstrap-truncated"),
         "table1-modern/summary.md": of_preset("modern"),
     }
     return {path: write for path, write in found.items() if (RESULTS / path).exists()}

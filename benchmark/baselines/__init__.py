@@ -13,13 +13,9 @@ its flags train one agent; benchmark/figure3.py runs them all.
 import contextlib
 import json
 import math
-import os
-import re
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -322,27 +318,6 @@ class Run(ppo.Run):
 
     def __init__(self, args: Args, saved: dict | None):
         self.script = args.script
-        if args.run_dir is None:
-            name = f"{args.env_id}__{args.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-            args = replace(args, run_dir="runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}"))
-        who = {"seed": args.seed, "objective": args.name}
-        super().__init__(args, {"env_id": args.env_id}, who, saved)
-
-    def write_config(self) -> None:
-        packages = ("torch", "numpy", "gymnasium", "envpool", "tyro")
-        versions = {name: version(name) for name in packages}
-        config = {
-            "script": self.script,
-            "args": self.flags,
-            "versions": versions | {"python": sys.version.split()[0]},
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        }
-        ppo.write_file(self.path / "config.json", ppo.to_json(config))
-
-    def checkpoint(self, state: dict, parts: dict) -> dict:
-        return super().checkpoint(state, parts) | {"script": self.script}
-
-    def check_still(self, saved: dict) -> None:
-        path = self.path / "checkpoint.pt"
-        if path.exists() and ppo.load_checkpoint(path, self.script)["state"] != saved["state"]:
-            raise UserError(f"{self.shown} has gone on meanwhile; --resume it again")
+        super().__init__(
+            args, {"env_id": args.env_id}, {"seed": args.seed, "objective": args.name}, saved
+        )
