@@ -262,7 +262,7 @@ def draw(path: Path, panels: dict[str, plot.Groups], untrained: float) -> None:
     """A panel per suspect."""
     figure, axes = plot.sheet(len(panels), 4, (3, 2.7))
     for i, (ax, (name, groups)) in enumerate(zip(axes, panels.items(), strict=True)):
-        plot.curves(ax, groups, OBJECTIVES, untrained)
+        plot.curves(ax, plot.drawable(groups), OBJECTIVES, untrained)
         ax.set(title=name, xlabel="", ylabel="return (last 100)" if i % 4 == 0 else "")
         low, high = ax.get_ylim()
         if low < -10_000:

@@ -363,7 +363,7 @@ def draw(path: Path, curves: pd.DataFrame) -> None:
         groups = {f"ppo_continuous.py, {task[-3:]}": ours.get(task, {}).get(FINAL, [])}
         groups["the paper, -v1"] = grids.paper_curve(task)
         lines = list(groups)
-        plot.curves(ax, {name: seeds for name, seeds in groups.items() if seeds}, lines)
+        plot.curves(ax, plot.drawable(groups), lines)
         ax.set(title=task, xlabel="", ylabel="")
     plot.legend(figure, "lower", ncols=2)
     figure.savefig(path, dpi=110)

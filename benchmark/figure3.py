@@ -57,7 +57,7 @@ WITH_PPO = {"ppo": PPO} | ALGORITHMS
 
 class Experiment(NamedTuple):
     base: str  # a key of ALGORITHMS
-    task: str
+    tasks: tuple[str, ...]
     flags: str  # what is different
     what: str
 
@@ -65,24 +65,24 @@ class Experiment(NamedTuple):
 EXPERIMENTS = {
     "trpo-frozen-discount": Experiment(
         "trpo-frozen",
-        "Hopper-v4",
+        ("Hopper-v4", "Walker2d-v4"),
         "--gamma 0.995 --gae-lambda 0.97",
         "gamma 0.995 and lambda 0.97, which modular_rl has",
     ),
     "a2c-step-size": Experiment(
         "a2c",
-        "InvertedDoublePendulum-v4",
+        ("InvertedDoublePendulum-v4",),
         "--learning-rate 0.0021",
         "three times the step size",
     ),
     "a2c-tr-step-size": Experiment(
         "a2c-tr",
-        "InvertedDoublePendulum-v4",
+        ("InvertedDoublePendulum-v4",),
         "--learning-rate 0.0021",
         "three times the step size",
     ),
     "cem-unclipped": Experiment(
-        "cem", "Reacher-v4", "--no-clip-actions", "actions are not clipped, as in modular_rl"
+        "cem", ("Reacher-v4",), "--no-clip-actions", "actions are not clipped, as in modular_rl"
     ),
 }
 PAPER = ["PPO (clip)", "TRPO", "Vanilla PG adaptive", "A2C", "A2C + TR", "CEM"]
@@ -137,8 +137,9 @@ class Grid(NamedTuple):
         """Cells, too: of the experiments with these tasks and algorithms."""
         found = []
         for name, experiment in EXPERIMENTS.items():
-            if experiment.base in self.algorithms and experiment.task in self.tasks:
-                found += [(experiment.task, name, seed) for seed in self.seeds]
+            if experiment.base in self.algorithms:
+                tasks = [task for task in experiment.tasks if task in self.tasks]
+                found += itertools.product(tasks, [name], self.seeds)
         return found
 
 
@@ -256,21 +257,19 @@ def ranks_of_ppo(returns: list[np.ndarray], rng: np.random.Generator) -> tuple[i
 # ---------------------------------------------------------------------------------------- REPORT
 def tell_missing(there: set[tuple], grid: Grid, seeds_of_ppo: dict[str, int]) -> str:
     """How many of the runs are in, and which are not. there: the cells of all runs."""
-    tasks_without = {}  # (algorithm, seeds) -> tasks
-    for task, name in itertools.product(grid.tasks, grid.algorithms):
-        seeds = [str(seed) for seed in grid.seeds if (task, name, seed) not in there]
-        if seeds:
-            tasks_without.setdefault((name, " ".join(seeds)), []).append(task)
+    missing_seeds, tasks_without = {}, {}
+    for task, name, seed in [*grid.cells, *grid.experiments]:
+        if (task, name, seed) not in there:
+            missing_seeds.setdefault((task, name), []).append(str(seed))
+    for (task, name), seeds in missing_seeds.items():
+        tasks_without.setdefault((name, " ".join(seeds)), []).append(task)
     missing = ""
     for (name, seeds), tasks in tasks_without.items():
-        missing += f"- `{name}`, seeds {seeds}: {', '.join(tasks)}\n"
+        kind = "the experiment " * (name in EXPERIMENTS)
+        missing += f"- {kind}`{name}`, seeds {seeds}: {', '.join(tasks)}\n"
     without_ppo = [task for task in grid.tasks if task not in seeds_of_ppo]
     if without_ppo:
         missing += f"- PPO, which benchmark/table1.py runs: {', '.join(without_ppo)}\n"
-
-    for task, name, seed in grid.experiments:
-        if (task, name, seed) not in there:
-            missing += f"- the experiment `{name}`, seed {seed}: {task}\n"
 
     count = sum(cell in there for cell in grid.cells)
     more = sum(name in ALGORITHMS for _, name, _ in there) - count
@@ -410,10 +409,9 @@ learned sigma is compared with OpenAI's code of 2018 (-v2, networks of 32-32).
 def tell_experiments(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
     """Every experiment that has run, beside its algorithm and the paper."""
     table = []
-    for name, experiment in EXPERIMENTS.items():
-        task, base = experiment.task, experiment.base
-        if (task, name) not in returns:
-            continue
+    cells = [(task, name) for name in EXPERIMENTS for task in EXPERIMENTS[name].tasks]
+    for task, name in [cell for cell in cells if cell in returns]:
+        experiment, base = EXPERIMENTS[name], EXPERIMENTS[name].base
         row = {"experiment": f"`{name}`", "task": task, "what is different": experiment.what}
         row["with it"] = with_interval(returns[task, name], len(grid.seeds))
         row["without it"] = ""
@@ -552,13 +550,8 @@ def draw(folder: Path, points: pd.DataFrame, grid: Grid) -> None:
     lines = list(WITH_PPO)
 
     def mine(task: str, names: list[str]) -> plot.Groups:
-        """What can be drawn: a curve has two points."""
-        groups = {}
-        for name in names:
-            seeds = [curve for curve in curves.get(task, {}).get(name, []) if len(curve[0]) > 1]
-            if seeds:
-                groups[name] = seeds
-        return groups
+        there = curves.get(task, {})
+        return plot.drawable({name: there[name] for name in names if name in there})
 
     figure, axes = plot.sheet(len(grid.tasks), 4, (3.2, 2.7))
     for ax, task in zip(axes, grid.tasks, strict=True):
@@ -577,8 +570,9 @@ def draw(folder: Path, points: pd.DataFrame, grid: Grid) -> None:
         plot.curves(ax, mine(task, names), lines)
         for theirs in grids.paper_curve(task, WITH_PPO[names[0]].curve):
             ax.plot(*theirs, "--", color="0.4", linewidth=1, label="the paper")
-        first_row, first_column = task == grid.tasks[0], names[0] == "ppo"
-        ax.set(xlabel="", ylabel=task if first_column else "", title=title if first_row else "")
+        ax.set(xlabel="", ylabel="", title=title if task == grid.tasks[0] else "")
+        if names[0] == "ppo":
+            ax.set_ylabel(task.removesuffix("-v4"), fontsize="small")
     plot.legend(figure, "upper", ncols=9, fontsize="small")
     figure.savefig(folder / "beside.png", dpi=90)
 

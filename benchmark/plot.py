@@ -50,6 +50,14 @@ def groups_of(points: pd.DataFrame, line: str, value: str) -> Groups:
     return groups
 
 
+def drawable(groups: Groups) -> Groups:
+    """Without curves of a single point, and without lines that have no other."""
+    found = {
+        line: [curve for curve in seeds if len(curve[0]) > 1] for line, seeds in groups.items()
+    }
+    return {line: seeds for line, seeds in found.items() if seeds}
+
+
 def gather(points: pd.DataFrame, panel: str, line: str, value: str) -> dict[str, Groups]:
     """Rows of curves.csv -> groups_of() each panel, which a column tells apart."""
     panels = {}
@@ -179,9 +187,11 @@ def draw(path: str | Path, panels: dict[str, Groups], threshold: float | None = 
     figure, axes = sheet(len(panels), columns, (max(5 / columns, 3.6), 3.2))
     for ax, (title, groups) in zip(axes, panels.items(), strict=True):
         curves(ax, groups, lines, threshold)
-        fewest, *_, most = sorted([len(seeds) for seeds in groups.values()] * 2)
-        counts = f"{f'{fewest} to ' * (fewest < most)}{most} seed{'s' * (most > 1)}"
-        ax.set_title(f"{title}, {counts}", fontsize="medium")
+        counts = [len(seeds) for seeds in groups.values()]
+        told = f"{max(counts)} seed{'s' * (max(counts) > 1)}"
+        if min(counts) < max(counts):
+            told = f"{min(counts)} to {told}"
+        ax.set_title(f"{title}, {told}", fontsize="medium")
     if len(lines) > 1:
         legend(figure, "lower", ncols=3 * columns, fontsize="small")
     try:

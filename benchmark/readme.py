@@ -263,7 +263,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {  # document -> block -> what
         "table1-learning": partial(result, "table1-bootstrapped/learning.md"),
         "table1-modern": partial(result, "table1-modern/scores.md"),
         "defaults": partial(chapter, "defaults"),
-        "figure3": partial(chapter, "figure3", 5),  # returns, ranks, disagreements, others, CEM
+        "figure3": partial(chapter, "figure3", 6),  # all but KLs and origin
         "humanoid": partial(chapter, "humanoid"),
         "recurrent": partial(chapter, "recurrent"),
         "classic": partial(result, "classic/summary.md"),

@@ -531,8 +531,7 @@ def draw(path: Path, panels: list[tuple], columns: int, ylabel: str) -> None:
     figure, axes = plot.sheet(len(panels), columns, size, sharey="row" if shared else False)
     small = {"fontsize": "small", "frameon": False}
     for i, (ax, (title, groups, lines)) in enumerate(zip(axes, panels, strict=True)):
-        groups = {o: [curve for curve in seeds if len(curve[0]) > 1] for o, seeds in groups.items()}
-        plot.curves(ax, {o: seeds for o, seeds in groups.items() if seeds}, lines)
+        plot.curves(ax, plot.drawable(groups), lines)
         ax.set(title=title, xlabel="", ylabel=ylabel if i % columns == 0 else "")
         if shared and i < columns and ax.lines:
             ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, **small)

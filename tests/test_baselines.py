@@ -871,7 +871,7 @@ def test_a_part_is_reported_with_all_that_is_there_and_experiments_are_planned_l
     text = (tmp_path / "summary.md").read_text()
     assert "too few runs: ppo, trpo-frozen, vpg, a2c, a2c-tr, cem |" in text  # one run each
     assert "8 of 14 runs are in: 2 tasks x 7 algorithms x 1 seeds.**" in text
-    assert "- the experiment `trpo-frozen-discount`, seed 1: Hopper-v4\n" in text
+    assert "- the experiment `trpo-frozen-discount`, seeds 1: Hopper-v4\n" in text
     assert "PPO's runs are in none/.\n" in text
     grid = figure3.Grid(["Hopper-v4", "Reacher-v4"], ["trpo-frozen", "cem"], [1, 2])
     calls = figure3.plan(grid, sweep.Table(tmp_path, figure3.LAYOUT), 1_000_000)

@@ -161,6 +161,12 @@ def shape(*folders) -> dict:
     return {env: {line: len(c) for line, c in lines.items()} for env, lines in panels.items()}
 
 
+def test_what_has_one_point_cannot_be_drawn():
+    line, point = (np.arange(2), np.ones(2)), (np.arange(1), np.ones(1))
+    found = plot.drawable({"a": [line, point], "b": [point], "c": []})
+    assert list(found) == ["a"] and len(found["a"]) == 1 and found["a"][0] is line
+
+
 def test_plot_takes_the_folders_of_a_crowd(tmp_path):
     """All of them by *, which names the crowd's own files too."""
     flags = "--env-id Pendulum-v1 --num-steps 64 --total-timesteps 512 --no-compile"
