@@ -78,8 +78,8 @@ EXPERIMENTS = {
     "a2c-tr-step-size": Experiment(
         "a2c-tr",
         ("InvertedDoublePendulum-v4",),
-        "--learning-rate 0.0021",
-        "three times the step size",
+        "--learning-rate 0.005",
+        "seven times the step size",
     ),
     "cem-unclipped": Experiment(
         "cem", ("Reacher-v4",), "--no-clip-actions", "actions are not clipped, as in modular_rl"
@@ -266,7 +266,8 @@ def tell_missing(there: set[tuple], grid: Grid, seeds_of_ppo: dict[str, int]) ->
     missing = ""
     for (name, seeds), tasks in tasks_without.items():
         kind = "the experiment " * (name in EXPERIMENTS)
-        missing += f"- {kind}`{name}`, seeds {seeds}: {', '.join(tasks)}\n"
+        where = "all tasks" if tasks == grid.tasks else ", ".join(tasks)
+        missing += f"- {kind}`{name}`, seeds {seeds}: {where}\n"
     without_ppo = [task for task in grid.tasks if task not in seeds_of_ppo]
     if without_ppo:
         missing += f"- PPO, which benchmark/table1.py runs: {', '.join(without_ppo)}\n"
