@@ -121,7 +121,8 @@ OTHERS = {"--index-url", "--with", "--nproc-per-node", "--name", "--help"}  # no
 
 def test_every_flag_that_a_document_names_exists():
     flags = set(OTHERS)
-    for script in SCRIPTS:
+    baselines = [f"benchmark.baselines.{name}" for name in ("trpo", "vpg", "a2c", "cem")]
+    for script in [*SCRIPTS, *baselines]:
         for field in importlib.import_module(script).Args.__dataclass_fields__:
             flag = field.replace("_", "-")
             flags |= {f"--{flag}", f"--no-{flag}"}
