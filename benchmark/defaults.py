@@ -317,7 +317,6 @@ def tell_candidate(folder: Path) -> str:
         row["the candidate is"], row["p"] = welch(moments(theirs), moments(ours))
         rows.append(row)
     said = [row["the candidate is"] for row in rows]
-    frozen = grids.tell_frozen(runs[1], ["env_id", "seed"])
     return f"""## The best of the search, on all tasks
 
 `{CANDIDATE}` and the defaults with the same seeds, returns of the last 100 episodes. p: Welch's t \
@@ -327,7 +326,7 @@ the number of tasks. The candidate is better on {said.count("better")} and worse
 shown.
 
 {markdown(rows)}
-Of the candidate: {frozen[0].lower()}{frozen[1:]}
+Of the candidate: {grids.tell_frozen(runs[1], ["env_id", "seed"])}
 
 {sweep.origin(runs[1])}
 In that commit `--preset modern` meant `{CANDIDATE}`.

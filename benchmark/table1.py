@@ -28,8 +28,8 @@ folder of your own, --results mine.
 import itertools
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -90,26 +90,25 @@ def with_interval(estimate: float, draws: np.ndarray) -> str:
     return f"{estimate:.2f} [{low:.2f}, {high:.2f}]"
 
 
-@dataclass
-class Scored:
-    """Normalised scores of O objectives: estimates [O], and draws of each [times, O]."""
+class Estimates(NamedTuple):
+    """Of O objectives: the estimates [O], and what they are in every resample [times, O]."""
 
-    mean: np.ndarray
-    mean_draws: np.ndarray
-    middle: np.ndarray  # interquartile means
-    middle_draws: np.ndarray
+    of: np.ndarray
+    draws: np.ndarray
+
+    def told(self, i: int) -> str:
+        return with_interval(self.of[i], self.draws[:, i])
 
 
-def score(raw: np.ndarray, zero: np.ndarray, one: np.ndarray) -> Scored:
-    """raw [K, O, S], zero [K] and one [K] of every task."""
+def estimate(raw: np.ndarray, zero: np.ndarray, one: np.ndarray, average=scores.means) -> Estimates:
+    """raw [K, O, S], zero [K] and one [K] of every task -> the average score of each objective."""
     normalised = scores.normalise(raw, zero, one)
-    resampled = scores.resample(normalised)
-    return Scored(
-        scores.means(normalised),
-        scores.means(resampled),
-        scores.interquartile_means(normalised),
-        scores.interquartile_means(resampled),
-    )
+    return Estimates(average(normalised), average(scores.resample(normalised)))
+
+
+def two_digits(score: float) -> str:
+    """Of the paper's: empty where it has none."""
+    return "" if pd.isna(score) else f"{score:.2f}"
 
 
 def tell_scores(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
@@ -123,17 +122,17 @@ def tell_scores(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
         zeros[policy] = grids.random_returns(folder / "random.csv", grid.tasks, policy)
     readings = {}
     for name, (zero, one) in READINGS.items():
-        readings[name] = score(raw, zeros[zero], scores.best_returns(raw, one))
-    headline = readings[HEADLINE]
+        readings[name] = estimate(raw, zeros[zero], scores.best_returns(raw, one))
+    own = zeros["gaussian"], scores.best_returns(raw, "run")  # the scale of HEADLINE
+    mean, middle = readings[HEADLINE], estimate(raw, *own, scores.interquartile_means)
     theirs = PAPER["avg_normalized_score"].reindex(grid.objectives)
-    draw_scores(folder / "scores.png", theirs, headline)
-    text = tell_headline(runs, grid, headline, theirs)
+    draw_scores(folder / "scores.png", theirs, mean, middle)
+    text = tell_headline(runs, grid, theirs, mean, middle)
     (folder / "scores.md").write_text(text)
     explained = ""
     scale = frozen_scale(grid.tasks)
-    own = zeros["gaussian"], scores.best_returns(raw, "run")
     if scale is not None and not np.allclose(scale, own):  # a table of other runs
-        readings["frozen scale"] = score(raw, *scale)
+        readings["frozen scale"] = estimate(raw, *scale)
         explained = "\nFrozen scale: 0 and 1 are those of the table with ten seeds, scale.csv.\n"
     return f"""## Scores
 
@@ -150,27 +149,22 @@ What is 0 and what is 1 in them:
 """
 
 
-def tell_headline(runs: pd.DataFrame, grid: Grid, scored: Scored, theirs: pd.Series) -> str:
+def tell_headline(
+    runs: pd.DataFrame, grid: Grid, theirs: pd.Series, mean: Estimates, middle: Estimates
+) -> str:
     """The table of scores, which objective is best and which is worst."""
-    objectives, mean, draws = grid.objectives, scored.mean, scored.mean_draws
+    objectives, draws = grid.objectives, mean.draws
     table = []
     for i, objective in enumerate(objectives):
-        paper = theirs[objective]
-        table.append(
-            {
-                "objective": f"`{objective}`",
-                "the paper": f"{paper:.2f}" if pd.notna(paper) else "",
-                "ours: mean [95%]": with_interval(mean[i], draws[:, i]),
-                "interquartile mean [95%]": with_interval(
-                    scored.middle[i], scored.middle_draws[:, i]
-                ),
-            }
-        )
-    best = mean.argmax()
-    worst, next_worst = mean.argsort()[:2]
+        row = {"objective": f"`{objective}`", "the paper": two_digits(theirs[objective])}
+        row |= {"ours: mean [95%]": mean.told(i), "interquartile mean [95%]": middle.told(i)}
+        table.append(row)
+    best = mean.of.argmax()
+    worst, next_worst = mean.of.argsort()[:2]
     at_least_behind = scores.interval(draws[:, [best]] - draws)[0]
     near = [f"`{o}`" for i, o in enumerate(objectives) if i != best and at_least_behind[i] <= 0]
-    gap = with_interval(mean[next_worst] - mean[worst], draws[:, next_worst] - draws[:, worst])
+    apart = mean.of[next_worst] - mean.of[worst]
+    gap = with_interval(apart, draws[:, next_worst] - draws[:, worst])
     narrow = ""
     if len(grid.seeds) < 10:
         narrow = "; from so few seeds they come out too narrow rather than too wide"
@@ -193,23 +187,23 @@ Highest is `{objectives[best]}`. The interval of the difference from it holds 0 
 {stopped}"""
 
 
-def readings_table(readings: dict[str, Scored], objectives: list[str], theirs: pd.Series) -> list:
+def readings_table(
+    readings: dict[str, Estimates], objectives: list[str], theirs: pd.Series
+) -> list[dict]:
     """The mean of every objective in every reading; with all eleven, correlations too."""
     table = []
     for i, objective in enumerate(objectives):
-        paper = theirs[objective]
-        row = {"objective": f"`{objective}`"}
-        row["the paper"] = f"{paper:.2f}" if pd.notna(paper) else ""
-        table.append(row | {name: f"{scored.mean[i]:.2f}" for name, scored in readings.items()})
+        row = {"objective": f"`{objective}`", "the paper": two_digits(theirs[objective])}
+        table.append(row | {name: f"{mean.of[i]:.2f}" for name, mean in readings.items()})
     if objectives != OBJECTIVES["paper"]:
         return table
     everything = [True] * len(objectives)
     others = [objective != "none" for objective in objectives]
     for what, kept in (("", everything), (", without `none`", others)):
         row = {"objective": f"Spearman correlation with the paper{what} [95%]", "the paper": ""}
-        for name, scored in readings.items():
-            draws = scores.spearman(scored.mean_draws[:, kept], theirs[kept])
-            row[name] = with_interval(scores.spearman(scored.mean[kept], theirs[kept]), draws)
+        for name, mean in readings.items():
+            draws = scores.spearman(mean.draws[:, kept], theirs[kept])
+            row[name] = with_interval(scores.spearman(mean.of[kept], theirs[kept]), draws)
         table.append(row)
     return table
 
@@ -366,18 +360,15 @@ def falls(curve: tuple) -> bool:
 TREATMENTS = ("the limit is an end", "bootstrapped")  # of a time limit: this table, the other one
 
 
-def tell_time_limits(folder: Path, grid: Grid) -> str:
+def tell_time_limits(table: sweep.Table, grid: Grid) -> str:
     """This table beside the one with time limits bootstrapped. Draws time-limits.png."""
     ended, bootstrapped = TREATMENTS
-    tables = {
-        ended: sweep.Table(folder, LAYOUT),
-        bootstrapped: sweep.Table(BOOTSTRAPPED, LAYOUT),
-    }
+    tables = {ended: table, bootstrapped: sweep.Table(BOOTSTRAPPED, LAYOUT)}
     rows = []
     for task, objective in itertools.product(grid.tasks, ("none", PLANNED)):
         row = {"task": task, "objective": f"`{objective}`"}
-        for name, table in tables.items():
-            mine = table.runs.query("env_id == @task and objective == @objective")
+        for name, each in tables.items():
+            mine = each.runs.query("env_id == @task and objective == @objective")
             x = sweep.numbers(mine["last_100_return"])
             row[name] = ""
             if len(x):
@@ -386,8 +377,8 @@ def tell_time_limits(folder: Path, grid: Grid) -> str:
 
     def curves(task: str, objective: str) -> plot.Groups:
         found = {}
-        for name, table in tables.items():
-            points = table.curves.query("env_id == @task and objective == @objective")
+        for name, each in tables.items():
+            points = each.curves.query("env_id == @task and objective == @objective")
             found |= plot.groups_of(points.assign(line=name), "line", "episodic_return")
         return found
 
@@ -416,7 +407,7 @@ def tell_time_limits(folder: Path, grid: Grid) -> str:
         (f"InvertedDoublePendulum-v4, {PLANNED}", pendulums, TREATMENTS),
         ("HalfCheetah-v4, none", cheetahs, TREATMENTS),
     ]
-    draw(folder / "time-limits.png", panels, 2, "return (last 100)")
+    draw(table.folder / "time-limits.png", panels, 2, "return (last 100)")
     return f"""## What a time limit is
 
 {markdown(rows)}
@@ -547,7 +538,7 @@ def draw(path: Path, panels: list[tuple], columns: int, ylabel: str) -> None:
     figure.savefig(path, dpi=90)
 
 
-def draw_scores(path: Path, theirs: pd.Series, scored: Scored) -> None:
+def draw_scores(path: Path, theirs: pd.Series, mean: Estimates, middle: Estimates) -> None:
     """Dots with intervals, a row per objective. theirs: the paper's scores by objective.
 
     The axis is cut between `none`, which is far off, and the others.
@@ -559,9 +550,9 @@ def draw_scores(path: Path, theirs: pd.Series, scored: Scored) -> None:
     figure = Figure(figsize=(7, 1.4 + 0.36 * len(objectives)), layout="constrained")
     widths = [1, 3][-len(parts) :]
     axes = figure.subplots(1, len(parts), sharey=True, squeeze=False, width_ratios=widths)[0]
-    for shift, marker, label, estimates, draws in (
-        (-0.12, "o", "mean", scored.mean, scored.mean_draws),
-        (0.12, "D", "interquartile mean", scored.middle, scored.middle_draws),
+    for shift, marker, label, (estimates, draws) in (
+        (-0.12, "o", "mean", mean),
+        (0.12, "D", "interquartile mean", middle),
     ):
         low, high = scores.interval(draws)
         ends += [low, high]
@@ -655,7 +646,7 @@ def report(folder: Path, asked: Grid, settings: list[str]) -> None:
             when = "after" if not planned else "planned" if scored == PLAN else "before"
             text += tell_contrasts(folder, runs, scored, when)
     if planned:
-        text += tell_time_limits(folder, grid)
+        text += tell_time_limits(table, grid)
 
     curves = {}
     for name in ("episodic_return", "kl", "beta"):

@@ -49,6 +49,18 @@ def rounding(terms: int, largest, dtype: torch.dtype = torch.float32) -> float:
     return terms * torch.finfo(dtype).eps * float(largest)
 
 
+def spy_on_restarts(patch: pytest.MonkeyPatch, script) -> list:
+    """The seeds on which environments of a script begin from now on."""
+    seeds, restart = [], script.Actors.restart
+
+    def watched(actors, seed):
+        seeds.append(seed)
+        restart(actors, seed)
+
+    patch.setattr(script.Actors, "restart", watched)
+    return seeds
+
+
 class Outcome(NamedTuple):
     code: int
     out: list[str]  # lines of stdout

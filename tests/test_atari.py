@@ -556,18 +556,7 @@ def test_each_update_has_its_step_size_its_clip_range_its_beta_and_its_seed(
 
 
 def test_a_batch_is_a_rollout_its_advantages_and_its_returns(lights, monkeypatch):
-    rollouts, batches, real = [], [], ppo.collect
-
-    def collect(*given):
-        rollouts.append(real(*given))
-        return rollouts[-1]
-
-    def update(batch, **rest):
-        batches.append(batch)
-        return {"kl_after_update": 0.0}
-
-    monkeypatch.setattr(ppo, "collect", collect)
-    monkeypatch.setattr(ppo, "update", update)
+    rollouts, batches = checks.watch_batches(monkeypatch, ppo)
     lights.total_timesteps, lights.gamma, lights.gae_lambda = 128, 0.9, 0.5
     ppo.train(lights)
     ((rollout, _),), (batch,) = rollouts, batches

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import spy_on_restarts
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
@@ -178,20 +179,8 @@ def test_the_value_function_is_fitted_to_the_returns():
     assert before > 1 and (agent.value(batch["obs"]) - batch["returns"]).abs().mean() < 0.2
 
 
-def spy_on_restarts(patch: pytest.MonkeyPatch) -> list:
-    """The seeds on which environments begin from now on."""
-    seeds, restart = [], ppo.Actors.restart
-
-    def watched(actors, seed):
-        seeds.append(seed)
-        restart(actors, seed)
-
-    patch.setattr(ppo.Actors, "restart", watched)
-    return seeds
-
-
 def test_the_loop_draws_from_its_streams_and_updates_the_statistics_first(tmp_path, monkeypatch):
-    seeds = spy_on_restarts(monkeypatch)
+    seeds = spy_on_restarts(monkeypatch, ppo)
     flags = f"{PENDULUM} --num-steps 16 --total-timesteps 48 --checkpoint-every 1 --run-dir"
     args = vpg.parse_args([*flags.split(), str(tmp_path / "run")])
 
@@ -596,7 +585,7 @@ def test_only_the_first_generation_changes_its_filter_while_it_plays(tmp_path, m
 
 
 def test_every_generation_has_environments_of_its_own_and_less_noise(tmp_path, monkeypatch):
-    seeds, extras, draw = spy_on_restarts(monkeypatch), [], cem.Search.draw
+    seeds, extras, draw = spy_on_restarts(monkeypatch, ppo), [], cem.Search.draw
 
     def watched(search, count, extra_variance, rng):
         extras.append(extra_variance)

@@ -14,6 +14,7 @@ import numpy as np
 import probes  # noqa: F401  (registers the probe environments)
 import pytest
 import torch
+from conftest import spy_on_restarts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
@@ -100,13 +101,9 @@ def test_gae_is_the_discounted_sum_of_rewards_shaped_by_the_value_function():
     np.testing.assert_allclose(endless(rewards, values, 0.97, 0.9), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("bootstrap", [True, False])
-def test_a_time_limit_is_bootstrapped_from_its_own_last_observation_or_cut(
-    bootstrap, tmp_path, monkeypatch
-):
-    """ProbeCounter stops after 3 steps; with V(s) = 10 s all of its batch is known by hand."""
-    batches, real = [], ppo.collect
-    rollouts = []
+def watch_batches(patch: pytest.MonkeyPatch, script) -> tuple[list, list]:
+    """What collect() gives from now on, and what update() gets, which learns nothing."""
+    rollouts, batches, real = [], [], script.collect
 
     def collect(*given):
         rollouts.append(real(*given))
@@ -116,9 +113,18 @@ def test_a_time_limit_is_bootstrapped_from_its_own_last_observation_or_cut(
         batches.append(batch)
         return {"kl_after_update": 0.0}
 
+    patch.setattr(script, "collect", collect)
+    patch.setattr(script, "update", update)
+    return rollouts, batches
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_a_time_limit_is_bootstrapped_from_its_own_last_observation_or_cut(
+    bootstrap, tmp_path, monkeypatch
+):
+    """ProbeCounter stops after 3 steps; with V(s) = 10 s all of its batch is known by hand."""
     monkeypatch.setattr(Agent, "value", lambda agent, obs: 10 * obs[..., 0])
-    monkeypatch.setattr(ppo, "collect", collect)
-    monkeypatch.setattr(ppo, "update", update)
+    rollouts, batches = watch_batches(monkeypatch, ppo)
     words = "--env-id ProbeCounter-v0 --num-envs 2 --num-steps 6 --num-minibatches 1 --gamma 0.5"
     words += f" --total-timesteps 12 --gae-lambda 0.25 --eval-episodes 1 --run-dir {tmp_path}/run"
     words += "" if bootstrap else " --no-bootstrap-truncated"
@@ -648,19 +654,15 @@ def check_three_updates(script, args) -> list[dict]:
     """
     args.checkpoint_every, args.eval_episodes = 1, 1
     assert args.num_updates == 3
-    updates, seeds, restart = [], [], script.Actors.restart
+    updates = []
 
     def update(optimizer, **given):
         updates.append(given | {"lr": optimizer.param_groups[0]["lr"]})
         return {"kl": 0.0, "approx_kl": 0.0, "kl_after_update": 1.0}
 
-    def watched_restart(actors, seed):
-        seeds.append(seed)
-        restart(actors, seed)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "update", update)
-        patch.setattr(script.Actors, "restart", watched_restart)
+        seeds = spy_on_restarts(patch, script)
         script.train(args)
     falling = (1, 2 / 3, 1 / 3) if args.anneal_lr else (1, 1, 1)
     lrs = [given["lr"] / args.learning_rate for given in updates]

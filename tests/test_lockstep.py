@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import spy_on_restarts
 from torch import nn
 
 import ppo_continuous as ppo
@@ -237,11 +238,7 @@ def test_what_a_crowd_carries_on_from_update_to_update_is_what_the_script_does(
     rollout, _ = record_rollout(crowd)
     rewards = torch.cat([rollout["rewards"][:-1], torch.tensor([[1e4, -1e4]])])
     rollouts = [rollout, rollout, rollout | {"rewards": rewards}]
-    seen, seeds, restart = [], [], ppo.Actors.restart
-
-    def watched_restart(actors, seed):
-        seeds.append(seed)
-        restart(actors, seed)
+    seen = []
 
     def crowd_update(agents, batches, betas, alive, lr, **_):
         seen.append((lr, betas, batches))
@@ -249,13 +246,13 @@ def test_what_a_crowd_carries_on_from_update_to_update_is_what_the_script_does(
 
     with monkeypatch.context() as patch:
         replay(patch, *rollouts)
-        patch.setattr(ppo.Actors, "restart", watched_restart)
+        our_seeds = spy_on_restarts(patch, ppo)
         patch.setattr(lockstep, "update", crowd_update)
         train(tmp_path / "crowd", objectives=["adaptive:0.01"], **flags)
-    ours, our_seeds = seen[:], seeds[:]
+    ours = seen[:]
     assert len(ours) == 3 and len(our_seeds) == 2
     for i, args in enumerate(crowd):
-        seen.clear(), seeds.clear()
+        seen.clear()
 
         def update(optimizer, beta, batch, **_):
             seen.append((optimizer.param_groups[0]["lr"], beta, batch))
@@ -263,7 +260,7 @@ def test_what_a_crowd_carries_on_from_update_to_update_is_what_the_script_does(
 
         with monkeypatch.context() as patch:
             replay(patch, *[{name: x[:, i : i + 1] for name, x in r.items()} for r in rollouts])
-            patch.setattr(ppo.Actors, "restart", watched_restart)
+            seeds = spy_on_restarts(patch, ppo)
             patch.setattr(ppo, "update", update)
             patch.setattr(ppo, "check_played", lambda *_: None)  # it was played with no statistics
             ppo.train(replace(args, run_dir=str(tmp_path / str(i))))
