@@ -69,6 +69,9 @@ EXPERIMENTS = {
         "--gamma 0.995 --gae-lambda 0.97",
         "gamma 0.995 and lambda 0.97, which modular_rl has",
     ),
+    "vpg-kl-target": Experiment(
+        "vpg", ("Walker2d-v4",), "--kl-target 0.01", "updates go five times as far"
+    ),
     "a2c-step-size": Experiment(
         "a2c",
         ("InvertedDoublePendulum-v4",),
@@ -83,6 +86,12 @@ EXPERIMENTS = {
     ),
     "cem-unclipped": Experiment(
         "cem", ("Reacher-v4",), "--no-clip-actions", "actions are not clipped, as in modular_rl"
+    ),
+    "cem-noise": Experiment(
+        "cem",
+        ("InvertedDoublePendulum-v4", "Reacher-v4"),
+        "--action-std 1",
+        "normal noise on all actions, as TRPO with sigma frozen has it",
     ),
 }
 PAPER = ["PPO (clip)", "TRPO", "Vanilla PG adaptive", "A2C", "A2C + TR", "CEM"]

@@ -114,6 +114,7 @@ PUBLISHED = {
         "num_envs": 50,
         "obs_clip": 5.0,
         "clip_actions": True,
+        "action_std": 0.0,
         "candidates": 200,
         "elite": 0.2,
         "std": 1.0,
@@ -503,6 +504,11 @@ def generation(flags: str, count: int) -> tuple:
     return agent, candidates, actors
 
 
+def play_generation(agent, candidates, actors, action_std=0.0, first=False) -> tuple:
+    rng = torch.Generator().manual_seed(4)
+    return cem.play_generation(agent, candidates, actors, action_std, rng, first)
+
+
 def test_every_candidate_plays_one_episode_of_its_own(tmp_path):
     """11 candidates in 3 environments, in which their episodes end at different times."""
     flags = "--env-id Payer-v0 --num-envs 3 --candidates 11 --env-backend gymnasium"
@@ -513,7 +519,7 @@ def test_every_candidate_plays_one_episode_of_its_own(tmp_path):
     for candidate in candidates:
         nn.utils.vector_to_parameters(candidate.clone(), agent.actor.parameters())
         expected.append(ppo.act(agent, np.ones(1)).item())
-    returns, lengths, stats = cem.play_generation(agent, candidates, actors)
+    returns, lengths, stats = play_generation(agent, candidates, actors)
     assert len(set(lengths.tolist())) > 4
     assert lengths.tolist() == [np.ceil(5 + np.clip(3 * a, -4, 14)) for a in expected]
     assert returns == pytest.approx(np.array(expected) * lengths, rel=1e-4)
@@ -554,7 +560,7 @@ def test_a_generation_that_fails_leaves_the_filter_as_it_was(tmp_path):
         run("cem", flags, tmp_path / "run")
     agent, candidates, actors = generation(flags, 11)
     actors.restart(0)
-    *_, stats = cem.play_generation(agent, candidates, actors)
+    *_, stats = play_generation(agent, candidates, actors)
     assert stats.mean.isnan().all() and agent.obs_stats.mean.isfinite().all()
 
 
@@ -571,17 +577,34 @@ def test_only_the_first_generation_changes_its_filter_while_it_plays(tmp_path, m
         filters.clear()
         actors.restart(0)
         before = agent.obs_stats.mean[0].item()
-        *_, agent.obs_stats = cem.play_generation(agent, candidates, actors, first)
+        *_, agent.obs_stats = play_generation(agent, candidates, actors, first=first)
         assert agent.obs_stats.mean[0].item() != before
         assert (len(set(filters)) == len(filters) > 1) if first else set(filters) == {before}
 
-    firsts, play_generation = [], cem.play_generation
-    monkeypatch.setattr(
-        cem, "play_generation", lambda *given: firsts.append(given[-1]) or play_generation(*given)
-    )
-    flags = f"{PENDULUM} --num-envs 10 --candidates 20 --total-timesteps 500"
+    firsts, original = [], cem.play_generation
+
+    def watched(agent, candidates, actors, action_std, rng, first):
+        firsts.append(first)
+        assert action_std == 0.5 and rng.initial_seed() == ppo.stream(1, "actions")
+        return original(agent, candidates, actors, action_std, rng, first)
+
+    monkeypatch.setattr(cem, "play_generation", watched)
+    flags = f"{PENDULUM} --num-envs 10 --candidates 20 --total-timesteps 500 --action-std 0.5"
     run("cem", flags, tmp_path / "run")
     assert len(firsts) > 1 and firsts[0] and not any(firsts[1:])
+
+
+def test_noise_is_added_to_every_action(monkeypatch):
+    """Candidates whose weights are all zero: what they send is the noise."""
+    agent, candidates, actors = generation(f"{PENDULUM} --num-envs 3", 5)
+    sent, step = [], actors.step
+    monkeypatch.setattr(actors, "step", lambda actions: sent.append(actions) or step(actions))
+    actors.restart(0)
+    play_generation(agent, torch.zeros_like(candidates), actors, action_std=0.25)
+    rng = torch.Generator().manual_seed(4)
+    expected = [0.25 * ppo.draw_noise((3, 1), rng) for _ in sent]
+    assert len(sent) > 5
+    np.testing.assert_array_equal(sent, expected)
 
 
 def test_every_generation_has_environments_of_its_own_and_less_noise(tmp_path, monkeypatch):
@@ -629,7 +652,7 @@ def test_each_learns_to_balance_a_pole(name, flags, tmp_path):
         ("trpo", "--num-steps 128 --total-timesteps 640 --checkpoint-every 2 --hidden 32"),
         ("vpg", "--num-steps 128 --total-timesteps 640 --checkpoint-every 2"),
         ("a2c", "--total-timesteps 400 --checkpoint-every 2 --trust-region"),
-        ("cem", "--candidates 20 --num-envs 10 --total-timesteps 800"),
+        ("cem", "--candidates 20 --num-envs 10 --total-timesteps 800 --action-std 0.1"),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(name, flags, tmp_path, monkeypatch):
@@ -865,10 +888,11 @@ def test_a_part_is_reported_with_all_that_is_there_and_experiments_are_planned_l
     grid = figure3.Grid(["Hopper-v4", "Reacher-v4"], ["trpo-frozen", "cem"], [1, 2])
     calls = figure3.plan(grid, sweep.Table(tmp_path, figure3.LAYOUT), 1_000_000)
     names = ["trpo-frozen__1"] + ["trpo-frozen__2", "cem__2"] * 2
-    names += [f"{name}__{s}" for name in ("trpo-frozen-discount", "cem-unclipped") for s in (1, 2)]
+    experiments = ("trpo-frozen-discount", "cem-unclipped", "cem-noise")
+    names += [f"{name}__{s}" for name in experiments for s in (1, 2)]
     assert [call.path.name for call in calls] == names
-    assert "--no-clip-actions" in calls[-1].flags
-    assert calls[-1].labels == {"algorithm": "cem-unclipped"}
+    assert "--no-clip-actions" in calls[-3].flags and "--action-std" in calls[-1].flags
+    assert calls[-1].labels == {"algorithm": "cem-noise"}
 
 
 def test_ppo_with_other_details_is_no_peer(tmp_path):

@@ -95,7 +95,7 @@ LIMITS = {  # of the flags of all algorithms
     (2, 2**20): ["num_steps"],
     (2, 10**5): ["candidates"],
     (0, 1): ["gamma", "gae_lambda", "decay", "average", "elite"],
-    (0, 1e12): ["vf_coef", "ent_coef", "damping", "checkpoint_every", "extra_std"],
+    (0, 1e12): ["vf_coef", "ent_coef", "damping", "checkpoint_every", "extra_std", "action_std"],
     (1e-12, 1): ["learning_rate"],
     (1e-12, 1e12): ["value_learning_rate", "max_kl", "kl_target", "std", "delta", "eps"],
     (1e-12, math.inf): ["max_grad_norm", "obs_clip"],
