@@ -18,8 +18,8 @@ Another guess is that actions are clipped to their bounds, which modular_rl does
 curves begin at a return of -95 on Reacher and -592 on HalfCheetah. Our first generation is close to
 both; without clipping (--no-clip-actions) it is more than five times as low. Both tasks subtract
 the squared action from the reward, and weights this random send large actions. Later the paper's
-curve stays far below ours on Reacher and on the double pendulum. With noise on the actions, as a
-Gaussian policy with a deviation of 1 has it (--action-std 1), ours comes close to it.
+curve stays far below ours on Reacher and on the double pendulum. --action-std 1 asks whether that
+is noise on its actions, such as a Gaussian policy with a deviation of 1 adds.
 
 A generation is 200 episodes. Where an episode has 1,000 steps that is 200,000 steps: a million
 steps are FIVE generations on HalfCheetah and Swimmer, a hundred on Reacher.
