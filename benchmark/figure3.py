@@ -70,7 +70,10 @@ EXPERIMENTS = {
         "gamma 0.995 and lambda 0.97, which modular_rl has",
     ),
     "vpg-kl-target": Experiment(
-        "vpg", ("Walker2d-v4",), "--kl-target 0.01", "an update may have five times the KL"
+        "vpg",
+        ("HalfCheetah-v4", "Walker2d-v4"),
+        "--kl-target 0.01",
+        "an update may have five times the KL",
     ),
     "a2c-step-size": Experiment(
         "a2c",
