@@ -70,14 +70,17 @@ EXPERIMENTS = {
         "gamma 0.995 and lambda 0.97, which modular_rl has",
     ),
     "vpg-kl-target": Experiment(
+        "vpg", ("Walker2d-v4",), "--kl-target 0.01", "an update may have five times the KL"
+    ),
+    "vpg-returns": Experiment(
         "vpg",
-        ("HalfCheetah-v4", "Walker2d-v4"),
-        "--kl-target 0.01",
-        "an update may have five times the KL",
+        ("HalfCheetah-v4", "InvertedDoublePendulum-v4", "Reacher-v4"),
+        "--gae-lambda 1 --value-epochs 10",
+        "lambda 1, and ten epochs of the value function, as in the homework",
     ),
     "a2c-step-size": Experiment(
         "a2c",
-        ("InvertedDoublePendulum-v4",),
+        ("InvertedDoublePendulum-v4", "Walker2d-v4"),
         "--learning-rate 0.0021",
         "three times the step size",
     ),
@@ -94,7 +97,7 @@ EXPERIMENTS = {
         "cem",
         ("InvertedDoublePendulum-v4", "Reacher-v4"),
         "--action-std 1",
-        "normal noise on all actions, as TRPO with sigma frozen has it",
+        "normal noise of deviation 1 on all actions, added before they are clipped",
     ),
 }
 PAPER = ["PPO (clip)", "TRPO", "Vanilla PG adaptive", "A2C", "A2C + TR", "CEM"]
