@@ -237,6 +237,11 @@ def published() -> pd.DataFrame:
     return ends.pivot(index="task", columns="algorithm", values="final").join(theirs)
 
 
+def half_width(x: np.ndarray) -> float:
+    """Half of the 95% interval of the mean of two runs or more, by Student's t."""
+    return stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
+
+
 def with_interval(x: np.ndarray, seeds: int) -> str:
     """The mean of the runs; of two or more, its 95% interval by Student's t too.
 
@@ -244,8 +249,7 @@ def with_interval(x: np.ndarray, seeds: int) -> str:
     """
     text = number(x.mean())
     if len(x) > 1:
-        half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
-        text += f" [{number(x.mean() - half)}, {number(x.mean() + half)}]"
+        text += f" [{number(x.mean() - half_width(x))}, {number(x.mean() + half_width(x))}]"
     return text + f", n = {len(x)}" * (len(x) != seeds)
 
 
@@ -291,11 +295,11 @@ def tell_missing(there: set[tuple], grid: Grid, seeds_of_ppo: dict[str, int]) ->
     more = sum(name in ALGORITHMS for _, name, _ in there) - count
     text = f"{len(grid.tasks)} tasks x {len(grid.algorithms)} algorithms x {len(grid.seeds)} seeds"
     if count == len(grid.cells):
-        text = f"All {count} runs are in: {text}."
+        text = f"All {count} runs of the grid are in: {text}."
     else:
-        text = f"**PARTIAL: {count} of {len(grid.cells)} runs are in: {text}.**"
+        text = f"**PARTIAL: {count} of {len(grid.cells)} runs of the grid are in: {text}.**"
     if missing:
-        text += f" Missing:\n\n{missing}"
+        text += f" Still missing:\n\n{missing}"
     counts = ", ".join(
         f"{task} {seeds_of_ppo[task]}" for task in grid.tasks if task in seeds_of_ppo
     )
@@ -405,11 +409,15 @@ def tell_disagreements(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
                 far[task] = apart / (best - worst)
         if far:
             task = max(far, key=lambda task: abs(far[task]))
+            x, end = returns[task, name], ends.loc[task, theirs]
             row = {"algorithm": f"`{name}`", "task": task}
-            row["ours"] = with_interval(returns[task, name], len(grid.seeds))
-            row["theirs"] = number(ends.loc[task, theirs])
-            row["compared with"] = source_of(theirs)
-            table.append(row | {"apart": f"{far[task]:+.0%}"})
+            row["ours"] = with_interval(x, len(grid.seeds))
+            row |= {"theirs": number(end), "compared with": source_of(theirs)}
+            row |= {"apart": f"{far[task]:+.0%}", "theirs is in our interval": ""}
+            if len(x) > 1:
+                inside = abs(x.mean() - end) <= half_width(x)
+                row["theirs is in our interval"] = "yes" if inside else "no"
+            table.append(row)
     if not table:
         return ""
     return f"""## The largest disagreement of each algorithm
@@ -440,7 +448,7 @@ def tell_experiments(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
         return ""
     return f"""## Experiments on disagreements
 
-One thing changed, on a task where the algorithm ends far from the paper.
+Other settings, on tasks where the algorithm does not end where the paper's does.
 
 {markdown(table)}
 """
@@ -504,7 +512,7 @@ def tell_generations(runs: pd.DataFrame, grid: Grid) -> str:
         steps = sweep.numbers(rows["total_timesteps"])
         row = {"task": task, "generations": f"{updates.median():.0f}"}
         row |= {"fewest": f"{updates.min():.0f}", "most": f"{updates.max():.0f}"}
-        table.append(row | {"steps of a generation": f"{(steps / updates).median():,.0f}"})
+        table.append(row | {"steps of each, on average": f"{(steps / updates).median():,.0f}"})
     if not table:
         return ""
     return f"""## CEM's generations
@@ -531,7 +539,8 @@ def tell_updates(runs: pd.DataFrame, grid: Grid) -> str:
         return ""
     text = f"""## How far an update goes
 
-KL[old, new] of an update: median, and in brackets the largest of all.
+KL[old, new] of an update: the median over seeds of a run's median, and in brackets the largest of \
+all.
 
 {markdown(table)}
 """

@@ -8,6 +8,10 @@ front. So every function takes what was measured and what was drawn from it alik
     low, high = interval(draws)
 """
 
+import bisect
+import math
+from functools import partial
+
 import numpy as np
 from scipy import stats
 
@@ -47,9 +51,9 @@ def interquartile_means(scores: np.ndarray) -> np.ndarray:
 def resample(scores: np.ndarray, times: int = 10_000) -> np.ndarray:
     """scores [K, O, S] -> [times, K, O, S]: runs drawn with replacement within each task.
 
-    That is the stratified bootstrap of Agarwal et al. (2021). Every objective draws on its own. (In
-    Table 1, runs of one seed begin with the same weights and noise, but the correlation of their
-    returns is below 0.1.) The same numbers at every call.
+    That is the stratified bootstrap of Agarwal et al. (2021). Every objective draws on its own,
+    though runs of one seed begin with the same weights and noise: seed_correlation() says how much
+    that matters. The same numbers at every call.
     """
     drawn = np.random.default_rng(0).integers(scores.shape[-1], size=(times, *scores.shape))
     return np.take_along_axis(scores[np.newaxis], drawn, axis=-1)
@@ -69,6 +73,18 @@ def mean_interval(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     # how often each seed is drawn, in each of 10,000 resamples
     counts = np.random.default_rng(0).multinomial(seeds, [1 / seeds] * seeds, size=10_000)
     return x.mean(0), *interval(np.tensordot(counts, x, 1) / seeds)
+
+
+def seed_correlation(scores: np.ndarray) -> float:
+    """scores [K, O, S] -> the correlation of two objectives' runs of one task and seed.
+
+    The mean over all pairs of objectives, of what is left without the mean of task and objective.
+    NaN where fewer than two objectives have any spread.
+    """
+    left = by_objective(scores - scores.mean(-1, keepdims=True))  # [O, K * S]
+    left = left[left.std(-1) > 0]  # without spread there is no correlation
+    found = np.atleast_2d(np.corrcoef(left))[np.triu_indices(len(left), 1)]
+    return float(found.mean()) if len(found) else math.nan
 
 
 def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -96,7 +112,8 @@ def permutation_test(x: np.ndarray, y: np.ndarray, times: int = 100_000) -> floa
         deals = rng.permuted(np.broadcast_to(both, (count, *both.shape)), axis=-1)
         dealt = deals[..., :seeds].mean((1, 2)) - deals[..., seeds:].mean((1, 2))
         # other orders of the same sums round otherwise
-        as_large += int((np.abs(dealt) >= np.abs(x.mean() - y.mean()) - 1e-12).sum())
+        rounding = 1e-12 * max(1, np.abs(both).max())
+        as_large += int((np.abs(dealt) >= np.abs(x.mean() - y.mean()) - rounding).sum())
     return (1 + as_large) / (1 + times)  # the deal that was observed counts as one
 
 
@@ -109,14 +126,41 @@ def holm(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def detectable(x: np.ndarray, y: np.ndarray, level: float, power: float = 0.8) -> float:
-    """x, y [K, S] -> the smallest difference of two such means that a test would see.
+def is_seen(
+    x: np.ndarray, y: np.ndarray, difference: float, seeds: int, level: float, power: float = 0.8
+) -> bool:
+    """Whether permutation_test() sees such a difference of means at this two-sided level.
 
-    At this two-sided level, with this power, from the spread of runs within their task.
+    With this power, if each side has so many seeds, runs spread within a task as x, y [K, S] do,
+    and the difference varies between tasks as theirs does. What varies so widens the deals, and
+    then less is seen. By normal approximations.
     """
-    tasks, seeds = x.shape
-    variance = (x.var(-1, ddof=1) + y.var(-1, ddof=1)).sum() / seeds / tasks**2
-    return (stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power)) * np.sqrt(variance)
+    tasks = len(x)
+    within = x.var(-1, ddof=1) + y.var(-1, ddof=1)  # [K]
+    apart = x.mean(-1) - y.mean(-1)
+    apart = apart - apart.mean() + difference  # in each task
+    measured = within.sum() / seeds / tasks**2  # the variance of the difference that is measured
+    squares = (seeds - 1) * within + seeds * apart**2 / 2  # distances to the mean of both sides
+    dealt = (2 / seeds * squares / (2 * seeds - 1)).sum() / tasks**2  # variance over the deals
+    critical = stats.norm.ppf(1 - level / 2) * np.sqrt(dealt)
+    return bool(difference >= critical + stats.norm.ppf(power) * np.sqrt(measured))
+
+
+def detectable(x: np.ndarray, y: np.ndarray, level: float) -> float:
+    """x, y [K, S] -> the smallest difference that is_seen() with S seeds; infinite above 100."""
+    steps = range(1, 100_001)
+    seeds = x.shape[-1]
+    first = bisect.bisect_left(
+        steps, True, key=lambda step: is_seen(x, y, step / 1000, seeds, level)
+    )
+    return steps[first] / 1000 if first < len(steps) else math.inf
+
+
+def seeds_to_detect(x: np.ndarray, y: np.ndarray, difference: float, level: float) -> int:
+    """x, y [K, S] -> with how many seeds a difference is_seen(): at least 2, at most 1,000,000."""
+    counts = range(2, 1_000_000)
+    key = partial(is_seen, x, y, difference, level=level)
+    return 2 + bisect.bisect_left(counts, True, key=key)
 
 
 def profiles(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

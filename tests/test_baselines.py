@@ -775,7 +775,7 @@ def test_figure3_runs_what_is_missing_and_no_more(tmp_path, monkeypatch):
     sweep.write(folder / "runs.csv", moved)
     figure3.complete(grid, folder, 160, None)
     figure3.report(folder, tmp_path, grid)  # a curve of one point, and no PPO
-    assert "All 7 runs are in" in (folder / "summary.md").read_text()
+    assert "All 7 runs of the grid are in" in (folder / "summary.md").read_text()
 
 
 def write_results(folder: Path, cells: dict[tuple[str, str, int], float]) -> None:
@@ -836,7 +836,8 @@ def test_report_by_hand(tmp_path):
     assert set(written[0]) == set(names.split())
     assert written[0]["beside.png"].startswith(b"\x89PNG")
     text = written[0]["summary.md"].decode()
-    assert "**PARTIAL: 25 of 28 runs are in: 2 tasks x 7 algorithms x 2 seeds.**" in text
+    grid = "2 tasks x 7 algorithms x 2 seeds"
+    assert f"**PARTIAL: 25 of 28 runs of the grid are in: {grid}.**" in text
     assert "- `vpg`, seeds 1 2: Swimmer-v4\n- `cem`, seeds 2: Swimmer-v4\n" in text
     assert "- PPO, which benchmark/table1.py runs: Swimmer-v4\n" in text
     assert "- the experiment `" not in text and "runs of other seeds" not in text
@@ -854,9 +855,9 @@ def test_report_by_hand(tmp_path):
     assert "| **PPO first** | 0 of 2 tasks | 1 of 1 tasks [1, 1] | 0 of 1 tasks [0, 0] |" in text
     # in units of 2323.9 - 508.2 on Hopper and of 121.5 - 1.9 on Swimmer
     paper = "the paper, Vanilla PG adaptive"
-    assert f"| `vpg` | Hopper-v4 | 1,000 [994, 1,006] | 2,324 | {paper} | -73% |" in text
-    assert "| `cem` | Swimmer-v4 | 50.8, n = 1 | 1.9 | the paper, CEM | +41% |" in text
-    later = "| 95.0 | TRPO, OpenAI Baselines 2018 | +130% |"
+    assert f"| `vpg` | Hopper-v4 | 1,000 [994, 1,006] | 2,324 | {paper} | -73% | no |" in text
+    assert "| `cem` | Swimmer-v4 | 50.8, n = 1 | 1.9 | the paper, CEM | +41% |  |" in text
+    later = "| 95.0 | TRPO, OpenAI Baselines 2018 | +130% | no |"
     assert f"| `trpo-learned` | Swimmer-v4 | 250 [250, 250] {later}" in text
     with_and_without = "| 2,002 [1,995, 2,008] | 1,500 [1,494, 1,506] | 2,064 | the paper, TRPO |"
     (experiment,) = [line for line in text.splitlines() if with_and_without in line]
@@ -882,7 +883,7 @@ def test_a_part_is_reported_with_all_that_is_there_and_experiments_are_planned_l
     figure3.main([*args, "--tasks", "Hopper", "--algorithms", "cem", "--seeds", "1"])
     text = (tmp_path / "summary.md").read_text()
     assert "too few runs: ppo, trpo-frozen, vpg, a2c, a2c-tr, cem |" in text  # one run each
-    assert "8 of 14 runs are in: 2 tasks x 7 algorithms x 1 seeds.**" in text
+    assert "8 of 14 runs of the grid are in: 2 tasks x 7 algorithms x 1 seeds.**" in text
     assert "- the experiment `trpo-frozen-discount`, seeds 1: Hopper-v4\n" in text
     assert "PPO's runs are in none/.\n" in text
     grid = figure3.Grid(["Hopper-v4", "Reacher-v4"], ["trpo-frozen", "cem"], [1, 2])
@@ -935,10 +936,12 @@ def test_where_ppo_is_first_in_the_paper_and_here():
 def test_the_largest_disagreement_may_be_downwards():
     """On Walker2d 0.5 lies 1,215 below the paper's VPG, and 2,241 are between its algorithms."""
     grid = figure3.Grid(["HalfCheetah-v4", "Walker2d-v4"], ["vpg"], [1, 2])
-    returns = {(task, "vpg"): np.array([0.0, 1.0]) for task in grid.tasks}
-    text = figure3.tell_disagreements(returns, grid, figure3.published())
-    (row,) = [line for line in text.splitlines() if line.startswith("| `vpg` |")]
-    assert row.startswith("| `vpg` | Walker2d-v4 |") and row.endswith("| -54% |")
+    for spread, inside in ((95, "no"), (96, "yes")):  # the interval reaches 12.706 times as far
+        x = 0.5 + np.array([-spread, spread])
+        returns = {(task, "vpg"): x for task in grid.tasks}
+        text = figure3.tell_disagreements(returns, grid, figure3.published())
+        (row,) = [line for line in text.splitlines() if line.startswith("| `vpg` |")]
+        assert row.startswith("| `vpg` | Walker2d-v4 |") and row.endswith(f"| -54% | {inside} |")
 
 
 def test_report_needs_a_run(tmp_path):

@@ -30,6 +30,7 @@ from benchmark import UserError, grids, read_csv, scores, sweep, table1
 from benchmark.grids import LAYOUT, Grid
 
 ROOT = Path(__file__).resolve().parents[1]
+PAPER = grids.PAPER["avg_normalized_score"]
 TASKS = ["InvertedPendulum-v4", "Reacher-v4"]
 GRID = ["--tasks", *TASKS, "--objectives", "none", "clip:0.2"]
 GRID += ["--seeds", "1"]  # from 4 agents on threads would interfere
@@ -60,6 +61,13 @@ def wait_for(condition, seconds: float = LIMIT) -> None:
     while not condition():
         assert time.monotonic() < give_up, "what the test waits for did not happen"
         time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def nothing_committed(tmp_path, monkeypatch) -> None:
+    """No scale, and no ten bootstrapped seeds: what is committed must not change what is tested."""
+    monkeypatch.setattr(table1, "SCALE", tmp_path / "none/scale.csv")
+    monkeypatch.setattr(table1, "TIME_LIMITS", tmp_path / "none")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +107,7 @@ def write_folder(folder: Path, runs: list[dict], untrained: dict[str, tuple[floa
             points.append(point | {"kl": 0.01, "beta": 2, "action_std": 1})
     for task, values in untrained.items():
         for policy, value in zip(("uniform", "gaussian"), values, strict=True):
-            for seed, shift in ((1, -1), (2, 1)):
+            for seed, shift in ((1, -1), (2, 1), (3, 0)):
                 row = {"env_id": task, "policy": policy, "seed": seed}
                 policies.append(row | {"mean_return": value + shift})
     for name, rows in {"runs": runs, "curves": points, "random": policies}.items():
@@ -174,6 +182,8 @@ def test_a_permutation_test_deals_runs_out_within_tasks():
     assert scores.permutation_test(x, y) == pytest.approx(exact, abs=0.0022)  # 3 deviations
     assert scores.permutation_test(x, x) == 1
     assert scores.permutation_test(x, y) == scores.permutation_test(y, x)
+    # sums of large numbers round more coarsely: still, two deals are as far apart
+    assert scores.permutation_test(x + 1e6 / 3, y + 1e6 / 3) == pytest.approx(exact, abs=0.0022)
 
 
 def test_holm_corrects_as_in_a_known_case():
@@ -184,15 +194,57 @@ def test_holm_corrects_as_in_a_known_case():
 
 
 def test_a_difference_that_can_be_seen_is_seen_four_times_of_five():
+    """By the permutation test itself, where the tasks disagree on which side is better."""
     rng = np.random.default_rng(0)
     spread = np.array([0.1, 0.5])[:, np.newaxis]  # of the two tasks
+    crossing = np.array([0.6, -0.6])[:, np.newaxis]
     x, y = rng.normal(0, spread, (2, 2, 100_000))
-    smallest = scores.detectable(x[:, :20], y[:, :20], 0.05)
-    known = 2.8016 * np.sqrt(2 * (0.1**2 + 0.5**2) / 20 / 4)  # of normal quantiles and true spread
-    assert smallest == pytest.approx(known, rel=0.4)
-    x, y = x.reshape(2, -1, 20), y.reshape(2, -1, 20) + known
-    test = (y.mean(-1) - x.mean(-1)).mean(0) / np.sqrt(2 * (0.1**2 + 0.5**2) / 20 / 4)
-    assert (np.abs(test) > 1.96).mean() == pytest.approx(0.8, abs=0.02)
+    for apart in (0 * crossing, crossing):
+        steps = [step / 100 for step in range(1, 100)]
+        seen = [scores.is_seen(x + apart, y, step, 20, 0.05) for step in steps]
+        assert seen == sorted(seen)  # a larger one is seen, too
+        smallest = steps[seen.index(True)]
+        assert abs(scores.seeds_to_detect(x + apart, y, smallest, 0.05) - 20) < 2
+        found = []
+        for i in range(300):
+            mine = np.s_[:, 20 * i : 20 * (i + 1)]
+            found.append(scores.permutation_test(x[mine] + apart + smallest, y[mine], 1000) < 0.05)
+        assert np.mean(found) == pytest.approx(0.8, abs=0.07)  # 3 deviations of 300
+    few = x[:, :20], y[:, :20]
+    smallest = scores.detectable(*few, 0.05)
+    assert scores.is_seen(*few, smallest, 20, 0.05)
+    assert not scores.is_seen(*few, smallest - 0.002, 20, 0.05)
+    assert scores.detectable(x[:1, :2], y[:1, :2], 0.05) == math.inf  # of 6 deals, no 5% are left
+
+
+def test_the_correlation_of_seeds_is_of_what_the_means_leave():
+    rng = np.random.default_rng(0)
+    shared, own = rng.normal(size=(2, 2, 3, 500))  # 2 tasks x 3 objectives x 500 seeds
+    together = shared[:, :1] + own + np.array([0, 10, -10])[:, np.newaxis]
+    assert scores.seed_correlation(together) == pytest.approx(0.5, abs=0.06)
+    assert scores.seed_correlation(own) == pytest.approx(0, abs=0.06)
+    assert math.isnan(scores.seed_correlation(0 * own))
+
+
+def test_time_limits_ten_seeds_stand_in_for_three(tmp_path, monkeypatch):
+    many = [row("HalfCheetah-v4", "none", seed, 1000.0 + seed) for seed in (1, 2, 3, 4)]
+    folder = write_folder(tmp_path / "many", many, {})
+    monkeypatch.setattr(table1, "TIME_LIMITS", folder)
+    found = table1.bootstrapped_runs()
+    counts = found.runs.groupby(["env_id", "objective"]).size()
+    assert counts["HalfCheetah-v4", "none"] == 4 and counts["Hopper-v4", "none"] == 3
+    assert len(found.curves.query("env_id == 'HalfCheetah-v4' and objective == 'none'")) == 8
+    mine = [row("HalfCheetah-v4", "none", seed, -900.0 + seed) for seed in (1, 2, 3, 4)]
+    table = sweep.Table(write_folder(tmp_path / "mine", mine, {}), LAYOUT)
+    text = table1.tell_time_limits(table, Grid(["HalfCheetah-v4"], ["none"], [1, 2, 3, 4]))
+    # 1,900 apart; each side has a variance of 5/3, and t(6) has 2.447
+    half = 2.447 * math.sqrt(2 * 5 / 3 / 4)
+    cells = "-898 (-899 to -896), 4 | 1,002 (1,001 to 1,004), 4"
+    apart = f"1,900 [{1900 - half:,.0f}, {1900 + half:,.0f}]"
+    assert f"| HalfCheetah-v4 | `none` | {cells} | {apart} |" in text
+    # of 70 ways to deal out four among eight, 2 are as far apart
+    assert "`none`: ends below the untrained policy, -644 | 4 of 4 | 0 of 4 | 0.0286 |" in text
+    assert "is, in the second half, below the untrained policy, -644 | 4 of 4 | 0 of 4 |" in text
 
 
 def test_a_profile_counts_the_runs_above():
@@ -272,12 +324,13 @@ def test_report_by_hand(tmp_path):
     # mean scores 0.65 and 0.1625; of the 8 pairs within tasks, 7 are won and 0.2 = 0.2 twice, tied
     contrast = next(line for line in text.splitlines() if line.startswith("| `none` | 0.49 ["))
     assert f"| {(4 + 2 * 0.5 + 2) / 8:.2f} [" in contrast
-    assert "On the frozen scale" in text or "On the scale of this table" in text
+    assert "On the scale of this table" in text
+    assert "about 29% too narrow" in text  # 1 - sqrt(1/2)
     limits = next(line for line in text.splitlines() if line.startswith("| Hopper-v4 | `none` |"))
     assert limits.startswith("| Hopper-v4 | `none` | 150 (100 to 200), 2 | 416 (")
     # the committed runs of the other table, which the page on the double pendulum tells of
     assert "`clip:0.2`: climbs above 8,000 | 0 of 0 | 3 of 3 |" in text
-    assert "then falls below 1,200 | 0 of 0 | 3 of 3 |" in text
+    assert "of these, falls below 1,200 afterwards | 0 of 0 | 3 of 3 |" in text
 
 
 def test_a_fall_comes_after_a_climb():
@@ -304,6 +357,17 @@ def test_a_frozen_scale_outlives_the_runs_that_set_it(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="2 of 4 runs are missing"):  # of the plan
         table1.main([*args, str(first), "--seeds", "1", "--freeze-scale"])
     monkeypatch.setattr(table1, "PLAN", Grid(["Hopper-v4"], ["none", "clip:0.2"], [1]))
+    rows = {name: sweep.read(first / f"{name}.csv") for name in ("runs", "random")}
+    others = rows["runs"].replace("--preset paper", "--preset modern", regex=True)
+    sweep.write(first / "runs.csv", others)
+    with pytest.raises(UserError, match="holds runs of other settings"):
+        table1.main([*args, str(first), "--seeds", "1", "--freeze-scale"])
+    sweep.write(first / "runs.csv", rows["runs"])
+    sweep.write(first / "random.csv", rows["random"].query("seed != '1'"))
+    with pytest.raises(UserError, match="no Gaussian policy for Hopper-v4 1;"):
+        table1.main([*args, str(first), "--seeds", "1", "--freeze-scale"])
+    assert not table1.SCALE.exists()
+    sweep.write(first / "random.csv", rows["random"])
     table1.main([*args, str(first), "--seeds", "1", "--freeze-scale"])
     with pytest.raises(UserError, match="is frozen already"):
         table1.main([*args, str(first), "--seeds", "1", "--freeze-scale"])
@@ -361,7 +425,7 @@ def test_report_of_a_part_says_so(tmp_path):
     assert "**PARTIAL: 3 of 770 runs are in**" in (folder / "summary.md").read_text()
 
 
-def test_seeds_that_all_tasks_have_are_scored_and_a_run_without_a_return_is_a_gap(tmp_path):
+def test_seeds_that_all_tasks_have_are_scored_and_no_return_counts_as_the_lowest(tmp_path):
     tasks, objectives = ("Hopper-v4", "Swimmer-v4"), ("none", "clip:0.2", "kl:1")
     cells = list(itertools.product(tasks, objectives, (1, 2, 3, 4)))
     runs = [row(*cell, 10.0 * cell[2]) for cell in cells[:-1]]
@@ -370,15 +434,20 @@ def test_seeds_that_all_tasks_have_are_scored_and_a_run_without_a_return_is_a_ga
     args = ["--report", "--results", str(folder), "--tasks", *tasks, "--objectives", *objectives]
     table1.main([*args, "--seeds", "1", "2", "3", "4"])
     text = (folder / "summary.md").read_text()
-    assert "PARTIAL: 23 of 24" in text and "no gap: Hopper-v4, Swimmer-v4; seeds 1, 2." in text
-    assert "without a finite return counts as missing: Hopper-v4 none 3." in text
-    assert "averaged over 2 tasks x 2 seeds" in text and "| `none` | -0.39 | 0.75 [" in text
-    assert "The tests wait until all runs of the plan are in." in text and "p, Holm" not in text
-    # scores 0.5 and 1 everywhere: the difference of two means deviates by sqrt(4 * 0.125 / 2 / 4)
-    seen = " / ".join(f"{0.25 * (z + 0.8416):.2f}" for z in (1.9600, 2.2414))  # at 5%, and 5% / 2
-    gap = 0.82 - 0.71  # of the paper's scores
-    seeds = " / ".join(f"{math.ceil(2 * (0.25 * (z + 0.8416) / gap) ** 2)}" for z in (1.96, 2.2414))
-    assert f"| {seen} | 0.11 | {seeds} |" in text
+    assert "PARTIAL: 23 of 24" in text and "no gap: Hopper-v4, Swimmer-v4; seeds 1, 2, 3." in text
+    assert "without a finite return counts as the lowest of its task: Hopper-v4 none 3." in text
+    assert "| nan (10.0 to 40.0) |" in text  # where all returns are listed, it has none
+    # Hopper 1/3, 2/3 and 1/3 in place of 1; Swimmer 1/3, 2/3 and 1
+    assert "averaged over 2 tasks x 3 seeds" in text and "| `none` | -0.39 | 0.56 [" in text
+    assert "The tests wait until all runs of the plan are in" in text and "p, Holm" not in text
+    ours = theirs = np.array([[1.0, 2.0, 3.0]] * 2) / 3  # of clip:0.2 and of kl:1
+    seen = [scores.detectable(ours, theirs, level) for level in (0.05, 0.025)]
+    gap = PAPER["clip:0.2"] - PAPER["kl:1"]
+    seeds = [scores.seeds_to_detect(ours, theirs, gap, level) for level in (0.05, 0.025)]
+    told = f"{seen[0]:.2f} / {seen[1]:.2f} | 0.11 | {seeds[0]} / {seeds[1]}"
+    assert f"| {told} |" in text and 3 < seeds[0] < seeds[1]
+    assert "With 3 seeds, 1 of 2 differences as large as the paper's can be detected" in text
+    assert f"for all it takes {seeds[1]}.\n" in text
 
 
 def test_report_compares_all_eleven_with_the_paper(tmp_path, monkeypatch):
@@ -389,12 +458,18 @@ def test_report_compares_all_eleven_with_the_paper(tmp_path, monkeypatch):
     more = [row("Hopper-v4", "kl:1", 4, 5000)]  # beyond the plan: it changes no score
     folder = write_folder(tmp_path / "t", runs + more, dict.fromkeys(grids.TASKS, (0, 0)))
     monkeypatch.setattr(table1, "PLAN", table1.PLAN._replace(seeds=[1, 2, 3]))
-    table1.main(["--report", "--results", str(folder), "--seeds", "1", "2", "3"])
+    monkeypatch.setattr(table1, "SCALE", folder / "scale.csv")
+    args = ["--report", "--results", str(folder), "--seeds", "1", "2", "3"]
+    table1.main(args)
     text = (folder / "summary.md").read_text()
+    assert "the plan are in and the scale is frozen.\n" in text and "p, Holm" not in text
+    table1.main([*args, "--freeze-scale"])
+    text = (folder / "summary.md").read_text()
+    assert "Scored is the plan: HalfCheetah-v4" in text and "On the frozen scale" in text
     assert "**PARTIAL: 232 of 308 runs are in**" in text and "7 tasks x 3 seeds" in text
     correlation = " | 1.00 [1.00, 1.00]" * 4
     assert f"| Spearman correlation with the paper [95%] | {correlation} |" in text
-    assert "planned before the runs" in text and "| p | p, Holm |" in text
+    assert "These tests were named when 66 of the 770" in text and "| p | p, Holm |" in text
     # no spread: a difference of any size would be seen, with as few seeds as there can be
     assert re.search(
         r"^\| `none` \| 1\.48 \[.* < 0.0001 .* 0.00 / 0.00 \| 1.21 \| 2 / 2 \|$", text, re.M

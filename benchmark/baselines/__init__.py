@@ -126,7 +126,7 @@ def parse_args(kind: type[Args], argv: list[str]) -> Args:
 
     Raises UserError for what cannot stand beside --resume.
     """
-    ppo.given_flags(argv)
+    ppo.given_flags(argv)  # for its errors
     args = tyro.cli(kind, args=argv)
     return args if args.resume is None else load_run(kind, args.resume)[0]
 
@@ -174,7 +174,7 @@ def mlp(inputs: int, hidden: tuple[int, int], outputs: int, gain: float) -> nn.S
 
 
 def make_agent(args: RolloutArgs, actors: ppo.Actors) -> ppo.Agent:
-    """The agent of ppo_continuous.py; with 64 hidden units its first weights of this seed too."""
+    """The agent of ppo_continuous.py. With 64 hidden units the first weights, too, are the same."""
     obs_dim = actors.envs.single_observation_space.shape[0]
     action_dim = len(actors.low)
     ppo.seed_globals(ppo.stream(args.seed, "weights"))

@@ -5,7 +5,7 @@ A2C is A3C (Mnih et al. 2016, https://arxiv.org/abs/1602.01783) whose actors wai
 
     mean of  log pi(a|s) A  +  c2 H[pi]  -  c1 (V - R)^2        R: the n-step return, A = R - V
 
-scaled down to a norm of 0.5. The advantages are not standardised. PPO with one epoch of one
+scaled down to a norm of at most 0.5. The advantages are not standardised. PPO with one epoch of one
 minibatch has this gradient, since its ratio is 1 (Huang et al. 2022,
 https://arxiv.org/abs/2205.09123): tests/test_baselines.py takes both steps and compares them.
 
@@ -22,10 +22,13 @@ k.z = delta.
 
 Environments, steps, RMSprop, c1, c2 and the gradient's norm are those of OpenAI's a2c (August
 2017), delta and the share of the average those of its acer. Both are for discrete actions. It is a
-guess that the unpublished continuous code of Figure 3 had the same ones. RMSprop there is
-TensorFlow's: its average of squares starts at ONE, so the first steps are short, and eps stands
-under the root. PyTorch's starts at zero: its first step is ten step sizes long for every weight,
-almost however small the gradient.
+guess that the unpublished continuous code of Figure 3 had the same ones. Two more guesses: networks
+of their own for policy and value (OpenAI's a2c has one network with two heads), and a trust region
+of mu and log sigma together.
+
+RMSprop there is TensorFlow's: its average of squares starts at ONE, so the first steps are short,
+and eps stands under the root. PyTorch's starts at zero: its first step is ten step sizes long for
+every weight, almost however small the gradient.
 
     python benchmark/baselines/a2c.py --env-id Hopper-v4
     python benchmark/baselines/a2c.py --env-id Hopper-v4 --trust-region

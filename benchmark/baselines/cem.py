@@ -7,12 +7,13 @@ Szita and Lorincz (2006), with the shrinking noise that they used for Tetris. In
     mean, variance <- those of the best 20%
     extra  =  .01^2 max(0, 1 - generation / 150)
 
-These settings are in Schulman's modular_rl: all numbers above, networks of 10 and 5 tanh units, a
-first variance of 1 around random initial weights, raw returns, an observation filter that all
-candidates share, clipped at +-5. (150 is half of its generations.) These are guesses: that Figure 3
-used them, and the orthogonal initial weights. modular_rl renews the filter at every step. Here that
-is so in the first generation, since nothing is known of the observations before. Later it is after
-each generation, so that all its candidates play under the same filter.
+These settings are in Schulman's modular_rl (experiments/battery-cem.yaml): all numbers above,
+networks of 10 and 5 tanh units, a first variance of 1 around random initial weights, raw returns,
+observations standardised and clipped at +-5. (150 is half of its generations.) These are guesses:
+that Figure 3 used them, and the orthogonal initial weights. In modular_rl every worker process has
+its own observation statistics and renews them at every step. Here there is one filter. It is
+renewed at every step of the first generation, since nothing is known of the observations before;
+later after each generation, so that all its candidates play under the same one.
 
 Another guess is that actions are clipped to their bounds, which modular_rl does not do. The paper's
 curves begin at a return of -95 on Reacher and -592 on HalfCheetah. Our first generation is close to
@@ -25,9 +26,9 @@ A generation is 200 episodes. Where an episode has 1,000 steps that is 200,000 s
 steps are FIVE generations on HalfCheetah and Swimmer, a hundred on Reacher.
 
 Candidates play side by side: an environment whose episode has ended takes the next candidate. The
-run folder has them in their own order, one after another, as if there were one environment. (In
-the order in which they end, the last 100 would be the longest.) metrics.csv has a row per
-generation, and its column `update` counts steps.
+run folder has them in their own order, one after another, as if there were one environment: in the
+order in which they end, the last 100 would be the longest. metrics.csv has a row per generation,
+and its column `update` counts steps.
 
     python benchmark/baselines/cem.py --env-id Hopper-v4
 """
@@ -59,7 +60,7 @@ class Args(baselines.Args):
     """The cross-entropy method over the weights of a deterministic policy."""
 
     script: ClassVar[str] = "cem"
-    batch_size: ClassVar[int] = 1  # the run folder counts updates of so many steps: here, steps
+    batch_size: ClassVar[int] = 1  # the run folder counts in steps: CEM has no batch of fixed size
 
     num_envs: int = 50  # candidates that play side by side
     clip_actions: bool = True  # clip actions to their bounds before they are sent
@@ -153,7 +154,7 @@ def play_generation(
 ) -> tuple:
     """One episode of each of C candidates: returns [C], lengths [C], and the filter after it.
 
-    They play under the filter as it was before; in the `first` generation, as it becomes.
+    They play under the filter as it was before; in the `first` generation it changes as they play.
     action_std: the deviation of the noise that `rng` adds to their actions.
     """
     count = len(candidates)

@@ -13,15 +13,18 @@ KL, the Fisher information, both at the old weights, the solution is the step
 
 x is found by conjugate gradients, which need F only in products with vectors, and such a product is
 the gradient of a scalar: F v = grad of (grad KL . v). In the code F is computed from every fifth
-row, and a little of the identity is added (the damping). Neither expansion is exact. So the step is
-halved until the true KL is at most 1.5 delta and the true L is not lower: the line search. After
-ten tries without success the policy stays as it was. Then the value function is fitted.
+row, and F + 0.1 I takes its place in both formulas. This is the damping; it makes the step shorter.
+Neither expansion is exact. So the step is halved until the true KL is at most 1.5 delta and the
+true L is not lower: the line search. After ten tries without success the policy stays as it was.
+Then the value function is fitted.
 
 These settings are in OpenAI's public code of the paper's time (baselines, trpo_mpi, July 2017): T,
 gamma, lambda, delta, ten iterations, the damping, Fisher products on every fifth row, the line
 search, the fit of the value function. These are guesses: 64-64 networks, as PPO has in the paper
 (--hidden 32 is that code's size), ppo_continuous.py's initial weights, and standardised advantages.
-(That code computed them from the start, and began to use them later that month.)
+(That code computed them from the start, and began to use them later that month.) Two more
+differences: that code divides observations by no less than 0.1, and its advantages are from values
+under the observation statistics before the batch, ours under those after it.
 
 In that code log sigma was missing from the trained weights until January 2018: sigma stayed 1.
 --sigma frozen does the same.
@@ -56,7 +59,7 @@ class Args(baselines.FittedArgs):
 
     gae_lambda: float = 0.98  # lambda of GAE; 1: n-step returns
     sigma: Literal["learned", "frozen"] = "learned"  # whether log sigma is trained, or stays 0
-    max_kl: float = 0.01  # the mean KL that a step should have (delta)
+    max_kl: float = 0.01  # delta; with damping most steps have less
     cg_iterations: int = 10  # iterations of conjugate gradients
     damping: float = 0.1  # this times the identity is added to F
     fisher_every: int = 5  # F is computed from every k-th row; this is k
@@ -116,7 +119,7 @@ def conjugate_gradient(product: Callable, b: Tensor, iterations: int) -> tuple[T
 
 
 def trust_region_step(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
-    """Change the policy by one step of TRPO, or not at all where no step size is accepted."""
+    """Change the policy by one step of TRPO. Where no step size is accepted, it stays as it was."""
     weights = trained_weights(agent, args)
     old_surrogate = surrogate(agent, batch)
     g = flat_gradient(old_surrogate, weights)

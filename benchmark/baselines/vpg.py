@@ -13,10 +13,11 @@ Then the value function is fitted. The advantages are standardised.
 
 The paper says: Adam, with a step size that follows the KL by a rule similar to that of Section 4.
 It names a homework of Berkeley's course (cs294-112, hw4), from which are the rule and the first
-step size, 1e-3. From OpenAI's acktr_cont (August 2017) are gamma and lambda; from its later version
-the limits of the step size, 1e-8 and 1. Both have d_targ .002, standardised advantages, and batches
-of whole episodes, 2,500 steps or more. These are guesses: exactly 2,500 steps, and a value function
-fitted as in OpenAI's TRPO.
+step size, 1e-3. From OpenAI's acktr_cont (August 2017) are gamma and lambda alone; from its later
+version the limits of the step size, 1e-8 and 1. Both have d_targ .002, standardised advantages, and
+batches of whole episodes, 2,500 steps or more. These are guesses: exactly 2,500 steps, and a value
+function fitted as in OpenAI's TRPO. The homework has plain returns minus V as advantages, and fits
+V for ten epochs: --gae-lambda 1 --value-epochs 10.
 
     python benchmark/baselines/vpg.py --env-id Hopper-v4
 """
