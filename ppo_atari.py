@@ -743,7 +743,7 @@ def load_agent(run_dir: str) -> tuple[Agent, Args]:
     if saved is None:
         raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
     agent = Agent(**saved["state"]["dims"])
-    agent.load_state_dict(saved["agent"])
+    restore({"agent": agent}, saved)
     return agent, replace(args, device="cpu", compile=False)
 
 
@@ -910,7 +910,8 @@ def parse_objective(text: str) -> Objective:
 
 
 def has_compiler() -> bool:
-    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    compiler = os.environ.get("CXX", "g++")
+    return bool(shutil.which(compiler) or shutil.which("clang++"))
 
 
 def space_checkpoints(args: Args) -> None:
@@ -1101,10 +1102,17 @@ def saving_work(save: Callable[[], None], generators: list[torch.Generator], whe
 
 
 def restore(parts: dict, saved: dict) -> None:
-    """Put into modules, optimisers and generators what Run.checkpoint took from them."""
+    """Put into modules, optimisers and generators what Run.checkpoint took from them.
+
+    Raises UserError where they have changed since.
+    """
     for name, part in parts.items():
         load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
-        load(saved[name])
+        try:
+            load(saved[name])
+        except (KeyError, RuntimeError, ValueError) as reason:
+            what = f"the checkpoint's {name} does not fit this script or task"
+            raise UserError(f"{what}: {reason}") from reason
 
 
 class Run:
@@ -1132,9 +1140,11 @@ class Run:
         self.sps = saved["sps"] if saved else None
         self.warm = None  # time and step when the first update, which may compile, was over
         name = f"{self.title}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        path = args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}")
-        if not args.run_dir and Path(path).exists():  # two short runs in one second
-            path += f"-{time.time_ns() % 10**9}"
+        path = args.run_dir
+        if not path:
+            path = "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}")
+            if Path(path).exists():  # two short runs in one second
+                path += f"-{time.time_ns() % 10**9}"
         self.shown = Path(path).expanduser()
         self.path = self.shown.absolute()  # an environment may change the working directory
         if args.track:
@@ -1155,12 +1165,12 @@ class Run:
                     raise UserError(f"{self.shown}/{name} is shorter than at the checkpoint")
                 file.seek(length)
                 file.truncate()  # the rows after the checkpoint will be written again
-        if not args.resume:
+        if saved is None:  # a new run, or one that starts over
             self.write_config()
         self.wandb = None
         if args.track:
-            start = (self.path / "config.json").read_bytes()  # names this run, and stays the same
-            key = hashlib.sha256(start + os.fsencode(self.path)).hexdigest()[:32]
+            config = (self.path / "config.json").read_bytes()  # names this run, and stays the same
+            key = hashlib.sha256(config + os.fsencode(self.path)).hexdigest()[:32]
             where = {"project": args.wandb_project, "name": self.path.name, "dir": self.path}
             self.wandb = call_wandb("init", **where, id=key, resume="allow", config=self.flags)
         done = saved["state"]["updates"] * args.batch_size if saved else 0
@@ -1277,15 +1287,17 @@ class Run:
         return saved
 
     def close(self) -> None:
-        """Close the files, which unlocks the folder."""
+        """Close the files, which unlocks the folder, and the mirror."""
         self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+            self.wandb = None
         with writing(self.path):
             for file in self.files.values():
                 file.close()
 
     def finish(self, state: dict, returns: list[float]) -> dict:
-        """Write summary.json, with the returns of the evaluation, and say how the run did."""
-        self.close()
+        """Say how the run did, and write summary.json, with the returns of the evaluation."""
         steps = state["updates"] * self.batch_size
         summary = {
             **self.task,
@@ -1300,12 +1312,12 @@ class Run:
             "eval_episodes": len(returns),
             "diverged_at": state["diverged_at"],
         }
-        write_file(self.path / "summary.json", to_json([summary]))
         if self.wandb is not None:
             self.wandb.summary.update(summary)
-            self.wandb.finish()
+        self.close()
         how = f"{self.who['objective']}, seed {self.who['seed']}: {describe(returns)}"
         print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.shown}")
+        write_file(self.path / "summary.json", to_json([summary]))
         return summary
 
 
@@ -1405,7 +1417,8 @@ def main(run_command: Callable[[list[str]], None] = command) -> None:
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:
         what = "--resume RUN_DIR goes on from the last checkpoint, if there is one"
-        print(f"interrupted; {what}", file=sys.stderr)
+        where = "without --run-dir, RUN_DIR is the newest folder in runs/"
+        print(f"interrupted; {what}; {where}", file=sys.stderr)
         sys.exit(130)
 
 

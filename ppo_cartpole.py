@@ -16,7 +16,7 @@ Proximal Policy Optimization" (Huang et al. 2022).
 
     python ppo_cartpole.py                                # solves CartPole-v1 in some ten seconds
     python ppo_cartpole.py --objective adaptive:0.01      # a KL penalty instead of the clip
-    python ppo_cartpole.py --env-id Acrobot-v1 --num-steps 256 --total-timesteps 500000
+    python ppo_cartpole.py --env-id my_module:MyEnv-v0    # my_module registers it
     python ppo_cartpole.py --evaluate RUN_DIR --capture-video
 
 Any Gymnasium environment with Discrete actions and a one-dimensional Box observation works, your
@@ -87,7 +87,7 @@ class Args:
 
     gamma: float = 0.99  # discount factor (eq. 10)
     gae_lambda: float = 0.95  # lambda of GAE (eq. 11)
-    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # standardise advantages so
+    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # where to standardise advantages
     bootstrap_truncated: bool = True  # a time limit is no end: the return goes on with V
 
     update_epochs: int = 4  # passes over the batch per update (K)
@@ -133,8 +133,9 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
     try:
         if module:
             importlib.import_module(module)
+        spec = gym.spec(env_id)
         # one CartPole is faster than a CartPoleVectorEnv of one
-        if num_envs == 1 or gym.spec(env_id).vector_entry_point is None:
+        if spec.vector_entry_point is None or (num_envs == 1 and spec.entry_point is not None):
             options |= {"vectorization_mode": "sync", "wrappers": [Checked]}
             options["disable_env_checker"] = True  # Checked does that
         envs = gym.make_vec(env_id, num_envs, **options)
@@ -614,7 +615,8 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
     seed = 2**30 + stream(args.seed, "evaluation")
     actors = Actors(args, 1, run_path / "videos" if args.capture_video else None)
     limit = actors.episode_limit or max(1000, args.total_timesteps // args.eval_episodes)
-    noise, shape = 0.0, (1, actors.envs.single_action_space.n)
+    noise = 0.0
+    shape = (1, actors.envs.single_action_space.n)
     returns, num_cut = [], 0
     for episode in tqdm(range(args.eval_episodes), "evaluation", leave=False, disable=None):
         actors.restart(seed + episode)
@@ -625,7 +627,8 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
                 noise = draw_noise(shape, rng)
             *_, ended = actors.step(act(agent, actors.obs, noise))
         returns.append(ended[0][1] if ended else float(actors.returns[0]))
-        num_cut += not ended
+        if not ended:
+            num_cut += 1
     actors.close()
     check_evaluation(returns, num_cut, limit)
     return returns
@@ -637,8 +640,8 @@ def load_agent(run_dir: str) -> tuple[Agent, Args]:
     if saved is None:
         raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
     agent = Agent(**saved["state"]["dims"])
-    one_vector(agent)  # in memory as in training: products of matrices round by where numbers lie
-    agent.load_state_dict(saved["agent"])
+    one_vector(agent)  # the same memory layout as in training: how products round depends on it
+    restore({"agent": agent}, saved)
     return agent, replace(args, device="cpu", compile=False)
 
 
@@ -831,7 +834,8 @@ def check_rendering(args: Args) -> None:
 
 
 def has_compiler() -> bool:
-    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    compiler = os.environ.get("CXX", "g++")
+    return bool(shutil.which(compiler) or shutil.which("clang++"))
 
 
 def compiled(function: Callable) -> Callable:
@@ -849,11 +853,11 @@ def space_checkpoints(args: Args, episode_limit: int | None) -> None:
     if episode_limit is None:
         return
     safe = math.ceil(50 * episode_limit / args.num_steps)
+    if args.total_timesteps > 1_000_000:  # a long run has ten, however long episodes may be
+        safe = min(safe, math.ceil(args.num_updates / 10))
     if 0 < args.checkpoint_every < min(safe, args.num_updates):
         what = f"--checkpoint-every below {safe} biases reported returns to short episodes"
         print(f"note: {what}", file=sys.stderr)
-    if args.total_timesteps > 1_000_000:  # a long run has ten, however long episodes may be
-        safe = min(safe, math.ceil(args.num_updates / 10))
     args.checkpoint_every = args.checkpoint_every or safe
 
 
@@ -1057,10 +1061,17 @@ def saving_work(save: Callable[[], None], generators: list[torch.Generator], whe
 
 
 def restore(parts: dict, saved: dict) -> None:
-    """Put into modules, optimisers and generators what Run.checkpoint took from them."""
+    """Put into modules, optimisers and generators what Run.checkpoint took from them.
+
+    Raises UserError where they have changed since.
+    """
     for name, part in parts.items():
         load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
-        load(saved[name])
+        try:
+            load(saved[name])
+        except (KeyError, RuntimeError, ValueError) as reason:
+            what = f"the checkpoint's {name} does not fit this script or task"
+            raise UserError(f"{what}: {reason}") from reason
 
 
 class Run:
@@ -1088,9 +1099,11 @@ class Run:
         self.sps = saved["sps"] if saved else None
         self.warm = None  # time and step when the first update, which may compile, was over
         name = f"{self.title}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        path = args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}")
-        if not args.run_dir and Path(path).exists():  # two short runs in one second
-            path += f"-{time.time_ns() % 10**9}"
+        path = args.run_dir
+        if not path:
+            path = "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}")
+            if Path(path).exists():  # two short runs in one second
+                path += f"-{time.time_ns() % 10**9}"
         self.shown = Path(path).expanduser()
         self.path = self.shown.absolute()  # an environment may change the working directory
         if args.track:
@@ -1111,12 +1124,12 @@ class Run:
                     raise UserError(f"{self.shown}/{name} is shorter than at the checkpoint")
                 file.seek(length)
                 file.truncate()  # the rows after the checkpoint will be written again
-        if not args.resume:
+        if saved is None:  # a new run, or one that starts over
             self.write_config()
         self.wandb = None
         if args.track:
-            start = (self.path / "config.json").read_bytes()  # names this run, and stays the same
-            key = hashlib.sha256(start + os.fsencode(self.path)).hexdigest()[:32]
+            config = (self.path / "config.json").read_bytes()  # names this run, and stays the same
+            key = hashlib.sha256(config + os.fsencode(self.path)).hexdigest()[:32]
             where = {"project": args.wandb_project, "name": self.path.name, "dir": self.path}
             self.wandb = call_wandb("init", **where, id=key, resume="allow", config=self.flags)
         done = saved["state"]["updates"] * args.batch_size if saved else 0
@@ -1233,15 +1246,17 @@ class Run:
         return saved
 
     def close(self) -> None:
-        """Close the files, which unlocks the folder."""
+        """Close the files, which unlocks the folder, and the mirror."""
         self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+            self.wandb = None
         with writing(self.path):
             for file in self.files.values():
                 file.close()
 
     def finish(self, state: dict, returns: list[float]) -> dict:
-        """Write summary.json, with the returns of the evaluation, and say how the run did."""
-        self.close()
+        """Say how the run did, and write summary.json, with the returns of the evaluation."""
         steps = state["updates"] * self.batch_size
         summary = {
             **self.task,
@@ -1256,12 +1271,12 @@ class Run:
             "eval_episodes": len(returns),
             "diverged_at": state["diverged_at"],
         }
-        write_file(self.path / "summary.json", to_json([summary]))
         if self.wandb is not None:
             self.wandb.summary.update(summary)
-            self.wandb.finish()
+        self.close()
         how = f"{self.who['objective']}, seed {self.who['seed']}: {describe(returns)}"
         print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.shown}")
+        write_file(self.path / "summary.json", to_json([summary]))
         return summary
 
 
@@ -1361,7 +1376,8 @@ def main(run_command: Callable[[list[str]], None] = command) -> None:
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:
         what = "--resume RUN_DIR goes on from the last checkpoint, if there is one"
-        print(f"interrupted; {what}", file=sys.stderr)
+        where = "without --run-dir, RUN_DIR is the newest folder in runs/"
+        print(f"interrupted; {what}; {where}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -4,7 +4,7 @@ Schulman, Wolski, Dhariwal, Radford, Klimov (2017), https://arxiv.org/abs/1707.0
 hyperparameters of Table 3 and every objective of Table 1. Read ppo_cartpole.py first: equations and
 details have the same numbers here, and below AROUND THE RUN the text is the same. What is new:
 
-    the policy      a Gaussian with a learned standard deviation that no state changes
+    the policy      a Gaussian; its standard deviation is learned and the same in all states
     observations    standardised with running statistics, which evaluation leaves as they are
     rewards         divided by the running deviation of the discounted return
     simulators      EnvPool, where many actors run
@@ -143,11 +143,12 @@ PAPER = {
     "vf_coef": 1.0,
     "max_grad_norm": math.inf,
 }
+PRESETS = {"modern": {}, "paper": PAPER}
 
 
 def preset(name: Literal["modern", "paper"], **flags) -> Args:
     """The flags of a preset, with these changes. Args() is modern."""
-    return Args(**({"modern": {}, "paper": PAPER}[name] | flags))
+    return Args(**(PRESETS[name] | flags))
 
 
 # ---------------------------------------------------------------------------------- ENVIRONMENTS
@@ -257,7 +258,7 @@ class Agent(nn.Module):
         self.obs_stats = RunningStats(obs_dim)
         self.actor = mlp(obs_dim, action_dim, gain=0.01)  # actions start around 0
         self.critic = mlp(obs_dim, 1, gain=1.0)
-        self.log_std = nn.Parameter(torch.full((action_dim,), log_std))  # no state changes it
+        self.log_std = nn.Parameter(torch.full((action_dim,), log_std))  # the same in all states
 
     def normalise(self, obs: Tensor) -> Tensor:
         """obs [..., D] -> [..., D], standardised and clipped."""
@@ -758,7 +759,8 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
                 noise = draw_noise(shape, rng)
             *_, ended = actors.step(act(agent, actors.obs, noise))
         returns.append(ended[0][1] if ended else float(actors.returns[0]))
-        num_cut += not ended
+        if not ended:
+            num_cut += 1
     actors.close()
     check_evaluation(returns, num_cut, limit)
     return returns
@@ -770,8 +772,8 @@ def load_agent(run_dir: str) -> tuple[Agent, Args]:
     if saved is None:
         raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
     agent = Agent(**saved["state"]["dims"])
-    one_vector(agent)  # in memory as in training: products of matrices round by where numbers lie
-    agent.load_state_dict(saved["agent"])
+    one_vector(agent)  # the same memory layout as in training: how products round depends on it
+    restore({"agent": agent}, saved)
     return agent, replace(args, device="cpu", compile=False)
 
 
@@ -1026,14 +1028,14 @@ def in_numpy(agent: Agent) -> Callable:
     Agent.policy, act() itself is returned: slower, but the same policy.
     """
     exact = partial(act, agent)
-    weights = [weight.detach().cpu().numpy() for weight in agent.actor.parameters()]
-    mean, std = agent.obs_stats.mean.cpu().numpy(), agent.obs_stats.std.cpu().numpy()
-    spread = agent.log_std.detach().cpu().exp().numpy()
-    obs = mean + trial_obs(len(mean), agent.obs_clip) * std
     try:
+        weights = [weight.detach().cpu().numpy() for weight in agent.actor.parameters()]
+        mean, std = agent.obs_stats.mean.cpu().numpy(), agent.obs_stats.std.cpu().numpy()
+        spread = agent.log_std.detach().cpu().exp().numpy()
+        obs = mean + trial_obs(len(mean), agent.obs_clip) * std
         fast = numpy_policy(weights, mean, std, agent.obs_clip, spread)
         same = np.allclose(fast(obs, 1), exact(obs, 1), rtol=1e-4, atol=1e-5)
-    except ValueError:  # a network of another shape
+    except (AttributeError, ValueError):  # another network
         same = False
     return fast if same else exact
 
@@ -1068,10 +1070,11 @@ def numpy_policy(weights: list, mean, std, obs_clip: float, spread) -> Callable:
 
 def has_compiler() -> bool:
     """Whether torch.compile can work here; where it cannot, a note says so."""
-    found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    if not found:
-        print("note: no C++ compiler here, so the gradient is not compiled", file=sys.stderr)
-    return found
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) or shutil.which("clang++"):
+        return True
+    print("note: no C++ compiler here, so the gradient is not compiled", file=sys.stderr)
+    return False
 
 
 def compiled(function: Callable) -> Callable:
@@ -1089,11 +1092,11 @@ def space_checkpoints(args: Args, episode_limit: int | None) -> None:
     if episode_limit is None:
         return
     safe = math.ceil(50 * episode_limit / args.num_steps)
+    if args.total_timesteps > 1_000_000:  # a long run has ten, however long episodes may be
+        safe = min(safe, math.ceil(args.num_updates / 10))
     if 0 < args.checkpoint_every < min(safe, args.num_updates):
         what = f"--checkpoint-every below {safe} biases reported returns to short episodes"
         print(f"note: {what}", file=sys.stderr)
-    if args.total_timesteps > 1_000_000:  # a long run has ten, however long episodes may be
-        safe = min(safe, math.ceil(args.num_updates / 10))
     args.checkpoint_every = args.checkpoint_every or safe
 
 
@@ -1297,10 +1300,17 @@ def saving_work(save: Callable[[], None], generators: list[torch.Generator], whe
 
 
 def restore(parts: dict, saved: dict) -> None:
-    """Put into modules, optimisers and generators what Run.checkpoint took from them."""
+    """Put into modules, optimisers and generators what Run.checkpoint took from them.
+
+    Raises UserError where they have changed since.
+    """
     for name, part in parts.items():
         load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
-        load(saved[name])
+        try:
+            load(saved[name])
+        except (KeyError, RuntimeError, ValueError) as reason:
+            what = f"the checkpoint's {name} does not fit this script or task"
+            raise UserError(f"{what}: {reason}") from reason
 
 
 class Run:
@@ -1328,9 +1338,11 @@ class Run:
         self.sps = saved["sps"] if saved else None
         self.warm = None  # time and step when the first update, which may compile, was over
         name = f"{self.title}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        path = args.run_dir or "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}")
-        if not args.run_dir and Path(path).exists():  # two short runs in one second
-            path += f"-{time.time_ns() % 10**9}"
+        path = args.run_dir
+        if not path:
+            path = "runs/" + re.sub("[/:]", "-", f"{name}-{os.getpid()}")
+            if Path(path).exists():  # two short runs in one second
+                path += f"-{time.time_ns() % 10**9}"
         self.shown = Path(path).expanduser()
         self.path = self.shown.absolute()  # an environment may change the working directory
         if args.track:
@@ -1351,12 +1363,12 @@ class Run:
                     raise UserError(f"{self.shown}/{name} is shorter than at the checkpoint")
                 file.seek(length)
                 file.truncate()  # the rows after the checkpoint will be written again
-        if not args.resume:
+        if saved is None:  # a new run, or one that starts over
             self.write_config()
         self.wandb = None
         if args.track:
-            start = (self.path / "config.json").read_bytes()  # names this run, and stays the same
-            key = hashlib.sha256(start + os.fsencode(self.path)).hexdigest()[:32]
+            config = (self.path / "config.json").read_bytes()  # names this run, and stays the same
+            key = hashlib.sha256(config + os.fsencode(self.path)).hexdigest()[:32]
             where = {"project": args.wandb_project, "name": self.path.name, "dir": self.path}
             self.wandb = call_wandb("init", **where, id=key, resume="allow", config=self.flags)
         done = saved["state"]["updates"] * args.batch_size if saved else 0
@@ -1473,15 +1485,17 @@ class Run:
         return saved
 
     def close(self) -> None:
-        """Close the files, which unlocks the folder."""
+        """Close the files, which unlocks the folder, and the mirror."""
         self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+            self.wandb = None
         with writing(self.path):
             for file in self.files.values():
                 file.close()
 
     def finish(self, state: dict, returns: list[float]) -> dict:
-        """Write summary.json, with the returns of the evaluation, and say how the run did."""
-        self.close()
+        """Say how the run did, and write summary.json, with the returns of the evaluation."""
         steps = state["updates"] * self.batch_size
         summary = {
             **self.task,
@@ -1496,12 +1510,12 @@ class Run:
             "eval_episodes": len(returns),
             "diverged_at": state["diverged_at"],
         }
-        write_file(self.path / "summary.json", to_json([summary]))
         if self.wandb is not None:
             self.wandb.summary.update(summary)
-            self.wandb.finish()
+        self.close()
         how = f"{self.who['objective']}, seed {self.who['seed']}: {describe(returns)}"
         print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.shown}")
+        write_file(self.path / "summary.json", to_json([summary]))
         return summary
 
 
@@ -1601,7 +1615,8 @@ def main(run_command: Callable[[list[str]], None] = command) -> None:
         sys.exit(3 if isinstance(reason, NonFiniteError) else 2)
     except KeyboardInterrupt:
         what = "--resume RUN_DIR goes on from the last checkpoint, if there is one"
-        print(f"interrupted; {what}", file=sys.stderr)
+        where = "without --run-dir, RUN_DIR is the newest folder in runs/"
+        print(f"interrupted; {what}; {where}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -699,11 +699,11 @@ def test_track_needs_no_account_where_wandb_mode_says_so(mode, process, tmp_path
 def test_each_mirror_has_an_id_of_its_own_that_a_resumed_run_keeps(monkeypatch, tmp_path):
     """Folders with the same last part are not the same run."""
     monkeypatch.chdir(tmp_path)
-    started = []
+    started, finished = [], []
 
     def init(**given):
         started.append(given)
-        return SimpleNamespace(log=len)
+        return SimpleNamespace(log=len, finish=lambda: finished.append(given["id"]))
 
     def refuse(**given):
         raise OSError("no network")
@@ -717,8 +717,11 @@ def test_each_mirror_has_an_id_of_its_own_that_a_resumed_run_keeps(monkeypatch, 
     a = ppo.Args(run_dir="a/1", track=True, gamma=0.9)
     b = ppo.Args(run_dir="b/1", track=True, gamma=0.8)
     for args, at_checkpoint in ((a, None), (b, None), (replace(a, resume="a/1"), saved)):
-        ppo.Run(args, task, who, at_checkpoint).bar.close()
+        run = ppo.Run(args, task, who, at_checkpoint)
+        for _ in range(2):  # train() closes it, too, where finish() has
+            run.close()
     ids = [given["id"] for given in started]
+    assert finished == ids  # or the next run in this process would go on in this mirror
     assert ids[0] == ids[2] != ids[1] and all(re.fullmatch("[0-9a-f]{32}", x) for x in ids)
     assert {given["name"] for given in started} == {"1"}
 
@@ -744,6 +747,15 @@ def test_an_environment_of_the_user_whose_actions_start_at_one(process, tmp_path
     (summary,) = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_return_mean"] == 5.0 and summary["last_100_return"] > 4
     assert {row["length"] for row in rows(tmp_path / "run" / "episodes.csv")} == {"5"}
+
+
+def test_an_environment_that_is_a_vector_only_is_evaluated_too(tmp_path):
+    entry_point = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
+    gym.register("OnlyVector-v0", vector_entry_point=entry_point)
+    flags = {"env_id": "OnlyVector-v0", "total_timesteps": 128, "num_minibatches": 2}
+    flags |= {"num_envs": 2, "num_steps": 32, "eval_episodes": 2, "run_dir": tmp_path / "run"}
+    _, summary = ppo.train(ppo.Args(**flags))
+    assert summary["eval_episodes"] == 2 and summary["eval_return_mean"] >= 8
 
 
 def test_every_flag_of_args_is_in_the_config_that_resume_reads(finished):

@@ -185,6 +185,14 @@ def test_what_is_played_fast_is_the_policy_and_a_changed_policy_is_played_slowly
     assert np.array_equal(slow(obs, noise), ppo.act(agent, obs, noise))
     assert not np.allclose(slow(obs, noise), fast(obs, noise))
 
+    class Renamed(Agent):
+        def policy(self, obs):
+            return torch.zeros(len(obs), 2), torch.zeros(len(obs), 2)
+
+    del agent.actor, agent.log_std
+    agent.__class__ = Renamed
+    assert np.array_equal(ppo.in_numpy(agent)(obs, noise), noise)
+
 
 def test_the_value_function_takes_standardised_observations():
     agent, obs = Agent(5, 2, obs_clip=1.5, log_std=0.0), 200 + 30 * torch.randn(20, 5)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -453,8 +454,10 @@ def test_a_long_run_has_ten_checkpoints_however_long_its_episodes_are(script, ca
     due = [n for n in range(1, 10_001) if script.checkpoint_due(args, n, 0)]
     assert due == list(range(1000, 10_001, 1000))
     limited = replace(args)
-    script.space_checkpoints(limited, 10**6)
-    assert limited.checkpoint_every == 1000
+    for _ in range(2):  # a resumed run has the number that the script filled in
+        script.space_checkpoints(limited, 10**6)
+        assert limited.checkpoint_every == 1000
+    assert capsys.readouterr().err == ""
     short = replace(args, total_timesteps=10**6)
     assert not any(script.checkpoint_due(short, n, 199) for n in range(1, 1001))
     assert script.checkpoint_due(short, 1, 200)
@@ -465,6 +468,35 @@ def test_a_resume_that_starts_over_says_so(run, main, tmp_path):
     (tmp_path / "run/checkpoint.pt").unlink()
     code, _, err = main("--resume", "run")
     assert code == 0 and err == ["note: run has no checkpoint and starts over"]
+
+
+def test_a_run_that_starts_over_without_the_compiler_can_be_read(run, main, tmp_path, monkeypatch):
+    assert run("Good").code == 0
+    (tmp_path / "run/checkpoint.pt").unlink()
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["args"]["compile"] = True
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    assert main("--resume", "run", "--no-compile").code == 0
+    code, (line,), _ = main("--evaluate", "run")
+    assert code == 0 and line.startswith("run, seed 1: evaluation")
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line(script, run, main, tmp_path):
+    """As after a change of the network, or of what is saved."""
+    assert run("Good").code == 0
+    saved = load(tmp_path / "run")
+    first = next(name for name in saved["agent"] if name.startswith("actor"))
+    wide = saved | {"agent": saved["agent"] | {first: torch.zeros(1, 1)}}
+    lacking = {name: part for name, part in saved.items() if name != "action_rng"}
+    for changed, commands, what in (
+        (wide, ("--resume", "--evaluate"), f"agent .* size mismatch for {first}"),
+        (lacking, ("--resume",), "action_rng .*"),
+    ):
+        script.save_checkpoint(tmp_path / "run/checkpoint.pt", changed)
+        for command in commands:
+            code, _, err = main(command, "run")
+            assert code == 2 and len(err) == 1
+            assert re.match(f"error: the checkpoint's {what}", err[0])
 
 
 def test_a_run_goes_on_without_the_compiler_it_began_with(script, run, main, monkeypatch, tmp_path):
