@@ -28,7 +28,7 @@ size, the weight decay of 0.5, the tasks and the size of the network are ours to
 
 The published relatives are flags:
 
-    R1, as printed               --ratio sequence
+    R1, as printed               --ratio sequence --clip-low 10 --clip-high 10
     Dr. GRPO (Liu et al. 2025)   --loss-agg dr_grpo --scale-rewards none --kl-coef 0
     DAPO (Yu et al. 2025)        --loss-agg dapo --clip-high 0.28 --kl-coef 0
     GSPO (Zheng et al. 2025)     --ratio sequence-mean --clip-low 3e-4 --clip-high 4e-4 --kl-coef 0
@@ -98,10 +98,10 @@ class Args:
     total_timesteps: int | None = None  # answers sampled, in whole updates; None: as the task says
     num_prompts: int = 64  # questions per update (P)
     group_size: int = 8  # answers to each question (G)
-    temperature: float = 1.0  # divides the logits wherever answers are sampled or scored
+    temperature: float = 1.0  # divides the logits where answers are sampled or scored
     warmup_steps: int | None = None  # supervised steps before RL; None: as the task says
 
-    baseline: Literal["group", "batch", "leave-one-out", "none"] = "group"  # subtract whose mean
+    baseline: Literal["group", "batch", "leave-one-out", "none"] = "group"  # whose mean to subtract
     scale_rewards: Literal["group", "batch", "none"] = "group"  # divide by the std of these rewards
 
     ratio: Literal["token", "sequence", "sequence-mean"] = "token"  # of a token or a whole answer
@@ -114,7 +114,7 @@ class Args:
 
     num_iterations: int = 2  # gradient steps on each batch of answers (mu)
     learning_rate: float = 1e-3  # AdamW step size
-    weight_decay: float = 0.5  # of AdamW; with 0, training questions are learned by heart
+    weight_decay: float = 0.5  # of AdamW: against learning questions by heart
     anneal_lr: bool = True  # decay the step size linearly to 0 over the run
     max_grad_norm: float = 1.0  # scale the gradient down to at most this norm; inf never does
 
@@ -190,7 +190,7 @@ def split(prompts: list[list[str]], key: Callable) -> tuple[list, list]:
 def sort_task() -> Task:
     """From "3 1 3 _ _" to "1 3 3 <end>": two to five digits.
 
-    The digits of a held-out question are never asked for in training, in no order.
+    The digits of a held-out question never occur in training, in any order.
     """
     rng = random.Random(0)
     longest = 5
@@ -468,9 +468,9 @@ def group_advantages(rewards: Tensor, baseline: str, scale: str) -> Tensor:
 def mean_and_std(rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each row, [P, G] -> [P, 1] each.
 
-    A row of equal rewards has nothing to teach: its advantages must be exactly 0. But the computed
-    mean of equal numbers can be off by a rounding error, and the std to divide it by is almost 0.
-    So equal rewards are found by max == min: their mean is the reward itself, and their std is 1.
+    A row of equal rewards has nothing to teach: reward minus mean must be exactly 0. But the
+    computed mean of equal numbers can be off by a rounding error, and the std to divide by is
+    almost 0. So equal rewards are found by max == min: their mean is the reward, their std is 1.
     """
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     mean = torch.where(equal, rewards[:, :1], rewards.mean(1, keepdim=True))
@@ -508,9 +508,11 @@ def kl_terms(new: Tensor, old: Tensor, reference: Tensor) -> dict[str, Tensor]:
     k3            e^-x + x - 1      that of the forward KL[reference, policy]   (eq. 4)
     k3-corrected  pi/pi_old * k3    that of KL[policy, reference], also after the policy has left
                                     pi_old (DeepSeek-V3.2); a token's ratio, whatever --ratio is
+
+    --kl-estimator exact needs none of them: kl_between() adds up over all words.
     """
     x = new - reference
-    x_bounded = x.clamp(min=-40)  # k3 is flat below, where e^-x would overflow
+    x_bounded = x.clamp(min=-40)  # so that e^-x cannot overflow; k3 is flat below
     k3 = (-x_bounded).exp() + x_bounded - 1
     ratio = (new - old).clamp(max=40).exp()
     return {"k1": x, "k2": x.square() / 2, "k3": k3, "k3-corrected": ratio * k3}
@@ -630,7 +632,7 @@ def reward_of(task: Task, question: list[str], answer: list[str]) -> float:
     Raises RuntimeError from what verify raised, and NonFiniteError where it gave no finite number.
     """
     try:
-        given = task.verify(question[:], answer[:])  # copies: some verifiers take words off a list
+        given = task.verify(list(question), list(answer))  # copies: some take words off a list
     except Exception as reason:
         call = f"Task.verify({question}, {answer})"
         raise RuntimeError(f"{call} raised {reason!r}") from reason
@@ -640,8 +642,8 @@ def reward_of(task: Task, question: list[str], answer: list[str]) -> float:
     except (TypeError, ValueError, RuntimeError):
         reward = math.nan
     if not abs(reward) <= 1e12:  # so NaN too; squares of larger numbers overflow in float32
-        said = f"gave {given!r}; a reward must be a number between -1e12 and 1e12"
-        raise NonFiniteError(f"Task.verify({question}, {answer}) {said}")
+        problem = f"gave {given!r}; a reward must be a number between -1e12 and 1e12"
+        raise NonFiniteError(f"Task.verify({question}, {answer}) {problem}")
     return reward
 
 
@@ -651,7 +653,7 @@ def demonstration(task: Task, question: list[str], vocab: set, rng: random.Rando
     Raises RuntimeError from what demonstrate raised, and UserError where it gave no answer.
     """
     try:
-        answer = list(task.demonstrate(question[:], rng))
+        answer = list(task.demonstrate(list(question), rng))
     except Exception as reason:
         raise RuntimeError(f"Task.demonstrate({question}) raised {reason!r}") from reason
     what = f"Task.demonstrate({question}): the answer"
@@ -898,8 +900,7 @@ LIMITS = {
     (1, 2**10): ["threads"],
     (1e-3, 1e12): ["temperature"],
     (0, 1e12): ["kl_coef", "weight_decay"],
-    (1e-12, 1 - 1e-6): ["clip_low"],
-    (1e-12, 1e12): ["clip_high", "learning_rate"],
+    (1e-12, 1e12): ["clip_low", "clip_high", "learning_rate"],
     (1e-12, math.inf): ["max_grad_norm"],
 }
 
@@ -1002,9 +1003,10 @@ def check_task(task: Task, args: Args, saved: dict | None) -> None:
         shared = sum(tuple(question) in learned for question in task.held_out)
         if shared:
             what = f"{shared} of {len(task.held_out)} questions in Task.held_out"
-            print(f"note: {what} are in Task.prompts too, where they may be learned by heart")
+            what += " are in Task.prompts too, where they may be learned by heart"
+            print(f"note: {what}", file=sys.stderr)
     else:
-        state = {"vocab": list(task.vocab)} | saved["state"]  # old checkpoints have no vocab
+        state = saved["state"]
         if (state["vocab"], state["dims"]) != (list(task.vocab), agent_dims(task)):
             what = "words, another order of them, or other lengths of questions and answers"
             raise UserError(f"{args.resume} is a run on a Task with other {what}")

@@ -12,9 +12,9 @@ it presses FIRE at every such start if the game has that button, and it truncate
 27,000 steps. What is reported is the whole game: its own points, over all lives. Only points that
 fall into idle frames are missing.
 
-The paper cites the small network of Mnih et al. (2016). Its code, and all codes since, have the one
-of Mnih et al. (2015), and so has this one: filters 32-64-64 and 512 units. Table 5 leaves four more
-things open, which are here as in OpenAI Baselines' ppo2: orthogonal weights, Adam's epsilon,
+The paper cites the small network of Mnih et al. (2016). Its code has the one of Mnih et al. (2015),
+filters 32-64-64 and 512 units, and so have Baselines, CleanRL and this script. Table 5 leaves four
+more things open, which are here as in OpenAI Baselines' ppo2: orthogonal weights, Adam's epsilon,
 advantages standardised within a minibatch, and gradients scaled down to a norm of 0.5.
 
     python ppo_atari.py --total-timesteps 3000000        # Pong: an hour or two on two cores
@@ -31,7 +31,8 @@ machines of different kinds, set --precision: each would otherwise choose its ow
 fails, torchrun ends all of them, adds a report, and exits with code 1.
 
 In bfloat16 the first ratios of an update may differ from 1, where a CPU computes minibatches by
-other kernels than rollouts: on average by less than a hundredth of the clip range.
+other kernels than rollouts: on average by less than a hundredth of the first clip range. That range
+shrinks with --anneal-clip, the difference does not.
 """
 
 # /// script
@@ -94,13 +95,13 @@ class Args:
     sticky_actions: float = 0.0  # chance that a frame repeats the last action; Machado 2018: 0.25
     full_action_space: bool = False  # all 18 actions of the console, not only those of the game
 
-    total_timesteps: int = 10_000_000  # steps of 4 frames, reset steps too, in whole updates
+    total_timesteps: int = 10_000_000  # steps of 4 frames, with reset steps, in whole updates
     num_envs: int = 8  # parallel actors (N), of all ranks together
     num_steps: int = 128  # steps of each actor per update (T)
 
     gamma: float = 0.99  # discount factor (eq. 10)
     gae_lambda: float = 0.95  # lambda of GAE (eq. 11)
-    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # standardise advantages there
+    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # where to standardise advantages
     bootstrap_truncated: bool = True  # a time limit is no end: the return goes on with V
 
     update_epochs: int = 3  # passes over the batch per update (K)
@@ -110,14 +111,14 @@ class Args:
     anneal_clip: bool = True  # decay the clip range EPS in the same way
     vf_coef: float = 1.0  # c1 of eq. 9: weight of (V - V_targ)^2, which has no factor 1/2
     ent_coef: float = 0.01  # c2 of eq. 9: weight of the entropy bonus
-    value_clip: float | None = None  # clip V to this distance from the old V, take the larger loss
+    value_clip: float | None = None  # keep V so near the old V; the larger loss counts
     max_grad_norm: float = 0.5  # scale the gradient down to at most this norm; inf never does
     target_kl: float | None = None  # end an update after an epoch whose mean approx_kl exceeds this
 
     device: str = "cpu"  # cpu or cuda; under torchrun, cuda gives each rank its own GPU
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of the trunk; auto: what is fast
-    compile: bool = False  # torch.compile the loss, for a GPU: a CPU gains nothing
-    threads: int = 0  # CPU threads of an update; 0: all cores, over the ranks; if they are busy: 1
+    compile: bool = False  # torch.compile the loss; no gain on a CPU, nor on an H100
+    threads: int = 0  # CPU threads of an update; 0: all cores, shared by the ranks
     run_dir: str | None = None  # folder of this run; None makes one under runs/
     checkpoint_every: int = 0  # updates between checkpoints, which cut games short; 0: rarely
     resume: str | None = None  # go on with the run in this folder; its config.json has the flags
@@ -357,7 +358,7 @@ class Actors:
         self.obs, info = self.envs.reset()
         self.lives = info["lives"]
         self.ended = np.zeros(self.num_envs, bool)  # the last step was the end of a life or a game
-        self.life_lost = np.zeros(self.num_envs, bool)  # of a life, while the game goes on
+        self.life_lost = np.zeros(self.num_envs, bool)  # it ended a life, and the game goes on
         self.returns = np.zeros(self.num_envs)  # of the game so far, over all its lives
         self.lengths = np.zeros(self.num_envs, int)
 
@@ -385,8 +386,8 @@ class Actors:
         terminated = terminated | game_over
         ended_idling = self.life_lost & (info["lives"] > self.lives)
         self.returns += info["reward"]
-        self.lengths += ~self.ended
-        over = (game_over | truncated | ended_idling) & (self.lengths > 0)  # each game once
+        self.lengths += ~self.ended  # a reset step is no step of the game
+        over = (game_over | truncated | ended_idling) & (self.lengths > 0)  # 0: counted already
         self.ended = terminated | truncated
         self.life_lost = self.ended & ~over
         self.lives = info["lives"]
@@ -595,7 +596,7 @@ def begin(args: Args, saved: dict | None) -> tuple[dict, dict]:
     return state, parts
 
 
-@torch_threads(1)  # in updates more: bits depend on their number, and EnvPool needs the other cores
+@torch_threads(1)  # updates use more; during rollouts EnvPool needs the other cores
 def train(args: Args) -> tuple[Agent, dict]:
     """Algorithm 1, then the evaluation. Returns the agent and what summary.json says of the run.
 
@@ -623,9 +624,7 @@ def train(args: Args) -> tuple[Agent, dict]:
     with contextlib.closing(run) if rank == 0 else contextlib.nullcontext():
         for iteration in range(state["updates"], args.num_updates):
             # ROLLOUT
-            if (
-                iteration % args.checkpoint_every == 0
-            ):  # a checkpoint holds no environments: begin anew
+            if iteration % args.checkpoint_every == 0:  # a checkpoint holds no environments
                 actors.restart(stream(args.seed, "environments", iteration) + first_env)
             # every rank draws the noise of all actors and takes that of its own
             shape = (args.num_steps, args.num_envs, state["dims"]["num_actions"])
@@ -700,8 +699,11 @@ def train(args: Args) -> tuple[Agent, dict]:
 def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
     """The returns of args.eval_episodes whole games, on seeds that training never used.
 
-    All games at once. Greedy actions, or sampled ones with args.sample_actions.
+    All games at once. Greedy actions, or sampled ones with args.sample_actions. Raises UserError
+    under torchrun in every rank but the first.
     """
+    if int(os.environ.get("RANK", 0)) > 0:
+        raise UserError("an agent is evaluated by one process: start it without torchrun")
     seed = 2**30 + stream(args.seed, "evaluation")
     rng = torch.Generator().manual_seed(seed)
     num_games = args.eval_episodes
@@ -733,12 +735,7 @@ def evaluate(agent: Agent, args: Args, run_path: Path) -> list[float]:
 
 
 def load_agent(run_dir: str) -> tuple[Agent, Args]:
-    """The trained agent of a run folder, on the CPU, and its flags.
-
-    Raises UserError where there is no checkpoint, and under torchrun in every rank but the first.
-    """
-    if int(os.environ.get("RANK", 0)) > 0:
-        raise UserError("an agent is evaluated by one process: start it without torchrun")
+    """The trained agent of a run folder, on the CPU, and its flags. Raises UserError."""
     args, saved = load_run(run_dir)
     if saved is None:
         raise UserError(f"{run_dir} has no checkpoint yet; go on with the run: --resume {run_dir}")
@@ -874,7 +871,7 @@ def check_args(args: Args) -> Args:
     if args.capture_video and find_spec("moviepy") is None:
         raise UserError("--capture-video needs moviepy: pip install moviepy, or leave it out")
     if args.precision != "auto":
-        return replace(args)
+        return args
     if args.device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # without instructions for it, bfloat16 is slower than float32
@@ -915,8 +912,12 @@ def has_compiler() -> bool:
 
 
 def space_checkpoints(args: Args) -> None:
-    """Fill in --checkpoint-every: a checkpoint cuts games short, so 50 usual ones lie between."""
-    safe = math.ceil(50 * 2560 / args.num_steps)
+    """Fill in --checkpoint-every, so that 50 games of usual length lie between two checkpoints.
+
+    After a checkpoint all games begin anew, and those that are cut short are not reported.
+    """
+    usual_length = 2560
+    safe = math.ceil(50 * usual_length / args.num_steps)
     first_rank = int(os.environ.get("RANK", 0)) == 0
     if 0 < args.checkpoint_every < min(safe, args.num_updates) and first_rank:
         what = f"--checkpoint-every below {safe} biases reported returns to short episodes"

@@ -131,6 +131,8 @@ def in_short() -> str:
     for row in table("defaults/summary.md"):
         finals.append(f"{row['task'].removesuffix('-v4')} {row['greedy: mean [95%]'].split()[0]}")
     against = re.search(r"^Our mean is (.*)\.$", result("defaults/summary.md"), re.M)[1]
+    firsts = re.search(r"^\| \*\*PPO first\*\* \|(.*)\|$", result("figure3/summary.md"), re.M)[1]
+    in_paper, frozen, learned = firsts.split("|")
     classic = {row["task"]: row for row in table("classic/summary.md")}
     humanoid = table("humanoid/summary.md")[0]
     pong = table("atari/summary.md")[0]
@@ -140,7 +142,11 @@ def in_short() -> str:
         "[Table 1](benchmark/README.md#the-papers-table-1), time limits bootstrapped": (
             f"`clip:0.2` scores {ours[0]}, `none` {ours[1]}; "
             f"the paper {clip['the paper']} and {none['the paper']}. "
-            "It does not say which returns are its 0 and 1: compare the order"
+            "Its 0 and 1 are not stated: levels cannot be compared"
+        ),
+        "[Figure 3](benchmark/README.md#figure3), three seeds": (
+            f"PPO is first on{frozen}with TRPO's sigma frozen, on{learned}with it learned; "
+            f"the paper:{in_paper.rstrip()}"
         ),
         "[MuJoCo](benchmark/README.md#defaults), defaults, ten seeds, greedy": (
             f"{', '.join(finals)}. Beside Tianshou's ten seeds our mean is {against}"
@@ -152,8 +158,8 @@ def in_short() -> str:
             f"{classic['lunarlander'][reached]} seeds solve it"
         ),
         "[Humanoid](benchmark/README.md#humanoid), 10M steps": (
-            f"it runs: {humanoid['Gymnasium: return']} at {humanoid['Gymnasium: m/s']} m/s, "
-            f"{humanoid['seeds']} seeds"
+            f"it runs: {humanoid['Gymnasium: return']} at {humanoid['Gymnasium: m/s']} m/s; "
+            f"lowest to highest of {humanoid['seeds'].split()[0]} seeds"
         ),
         "[Pong](benchmark/README.md#atari-ppo_ataripy), one seed": (
             f"{pong['last 100 games, mean']} after {pong['steps']} steps"

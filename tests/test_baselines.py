@@ -869,7 +869,9 @@ def test_report_by_hand(tmp_path):
     assert "| A2C + TR, the paper | 951 |" in text and "| A2C, Tianshou | 1,253 | 36.6 |" in text
     for who in ("TRPO, OpenAI Baselines 2018: 6 seeds", "TRPO, Tianshou: 10", "A2C, Tianshou: 10"):
         assert text.count(f"- {who}") == 1
-    assert "nearer to the paper's curve on 1 of 2 tasks: Swimmer-v4.\n" in text
+    held = "our 95% interval holds the end of the paper's TRPO on"
+    assert f"With sigma frozen, {held} 0 of 2 tasks; not on Hopper-v4, Swimmer-v4.\n" in text
+    assert f"With sigma learned, {held} 0 of 2 tasks; not on Hopper-v4, Swimmer-v4.\n" in text
     assert "| Hopper-v4 | 6 | 5 | 6 |" in text and "| Swimmer-v4 | 5 | 5 | 5 | 200,000 |" in text
     assert "changes the gradient in 1.50% of all states, at most in 2.00% of those" in text
     flags = "--env-id TASK --env-backend envpool --sigma frozen --seed S --total-timesteps 1000000"
@@ -942,6 +944,18 @@ def test_the_largest_disagreement_may_be_downwards():
         text = figure3.tell_disagreements(returns, grid, figure3.published())
         (row,) = [line for line in text.splitlines() if line.startswith("| `vpg` |")]
         assert row.startswith("| `vpg` | Walker2d-v4 |") and row.endswith(f"| -54% | {inside} |")
+
+
+def test_with_which_sigma_trpo_ends_as_in_the_paper():
+    """There it ends at 2,064 on Hopper and at 122 on Swimmer."""
+    tasks, near = ["Hopper-v4", "Swimmer-v4"], np.array([2000.0, 2120.0])
+    returns = {("Hopper-v4", "trpo-frozen"): near, ("Swimmer-v4", "trpo-frozen"): near}
+    returns["Hopper-v4", "trpo-learned"] = near
+    returns["Swimmer-v4", "trpo-learned"] = near[:1]  # one run has no interval
+    held = "our 95% interval holds the end of the paper's TRPO on"
+    expected = f"With sigma frozen, {held} 1 of 2 tasks; not on Swimmer-v4.\n"
+    expected += f"With sigma learned, {held} 1 of 1 tasks.\n"
+    assert figure3.tell_sigma(returns, tasks, figure3.published()) == expected
 
 
 def test_report_needs_a_run(tmp_path):
