@@ -853,11 +853,12 @@ def space_checkpoints(args: Args, episode_limit: int | None) -> None:
     if episode_limit is None:
         return
     safe = math.ceil(50 * episode_limit / args.num_steps)
-    if args.total_timesteps > 1_000_000:  # a long run has ten, however long episodes may be
-        safe = min(safe, math.ceil(args.num_updates / 10))
-    if 0 < args.checkpoint_every < min(safe, args.num_updates):
+    # not of a resumed run: its number may be the one that is filled in below
+    if not args.resume and 0 < args.checkpoint_every < min(safe, args.num_updates):
         what = f"--checkpoint-every below {safe} biases reported returns to short episodes"
         print(f"note: {what}", file=sys.stderr)
+    if args.total_timesteps > 1_000_000:  # a long run has ten, however long episodes may be
+        safe = min(safe, math.ceil(args.num_updates / 10))
     args.checkpoint_every = args.checkpoint_every or safe
 
 
@@ -1131,7 +1132,8 @@ class Run:
             config = (self.path / "config.json").read_bytes()  # names this run, and stays the same
             key = hashlib.sha256(config + os.fsencode(self.path)).hexdigest()[:32]
             where = {"project": args.wandb_project, "name": self.path.name, "dir": self.path}
-            self.wandb = call_wandb("init", **where, id=key, resume="allow", config=self.flags)
+            where |= {"id": key, "resume": "allow", "reinit": "create_new"}  # beside open ones, too
+            self.wandb = call_wandb("init", **where, config=self.flags)
         done = saved["state"]["updates"] * args.batch_size if saved else 0
         steps = args.num_updates * args.batch_size
         self.bar = tqdm(
@@ -1246,17 +1248,15 @@ class Run:
         return saved
 
     def close(self) -> None:
-        """Close the files, which unlocks the folder, and the mirror."""
+        """Close the files, which unlocks the folder."""
         self.bar.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-            self.wandb = None
         with writing(self.path):
             for file in self.files.values():
                 file.close()
 
     def finish(self, state: dict, returns: list[float]) -> dict:
-        """Say how the run did, and write summary.json, with the returns of the evaluation."""
+        """Write summary.json, with the returns of the evaluation, and say how the run did."""
+        self.close()
         steps = state["updates"] * self.batch_size
         summary = {
             **self.task,
@@ -1271,12 +1271,12 @@ class Run:
             "eval_episodes": len(returns),
             "diverged_at": state["diverged_at"],
         }
+        write_file(self.path / "summary.json", to_json([summary]))
         if self.wandb is not None:
             self.wandb.summary.update(summary)
-        self.close()
+            self.wandb.finish()
         how = f"{self.who['objective']}, seed {self.who['seed']}: {describe(returns)}"
         print(f"{self.title}, {how}; {steps:,} steps in {self.seconds:.1f} s; {self.shown}")
-        write_file(self.path / "summary.json", to_json([summary]))
         return summary
 
 

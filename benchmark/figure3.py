@@ -420,20 +420,20 @@ def tell_disagreements(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
             row = {"algorithm": f"`{name}`", "task": task}
             row["ours"] = with_interval(x, len(grid.seeds))
             row |= {"theirs": number(end), "compared with": source_of(theirs)}
-            row |= {"apart": f"{far[task]:+.0%}", "in our interval": ""}
+            row |= {"apart": f"{far[task]:+.0%}", "our interval holds theirs": ""}
             if task in held:
-                row["in our interval"] = "yes" if held[task] else "no"
-            row["of all tasks"] = f"{sum(held.values())} of {len(held)}"
+                row["our interval holds theirs"] = "yes" if held[task] else "no"
+            row["on all tasks"] = f"{sum(held.values())} of {len(held)}"
             table.append(row)
     if not table:
         return ""
     return f"""## The largest disagreement of each algorithm
 
 Apart: ours minus theirs, in percent of the distance between the paper's best and worst algorithm \
-on that task. In our
-interval: whether theirs is; then, on how many of all tasks it is. TRPO with a learned sigma is \
-compared with OpenAI's code
-of 2018 (-v2, networks of 32-32).
+on that task. Then:
+whether our interval holds their end there, and on how many of all tasks it does. TRPO with a \
+learned sigma is compared
+with OpenAI's code of 2018 (-v2, networks of 32-32).
 
 {markdown(table)}
 """

@@ -46,7 +46,7 @@ def rounding(terms: int, largest, dtype: torch.dtype = torch.float32) -> float:
     off by half a unit in the last place, eps / 2 of the sum so far, which is at most `largest`. Two
     orders of `terms` additions differ by no more than terms * eps * largest.
     """
-    return terms * torch.finfo(dtype).eps * float(largest)
+    return terms * torch.finfo(dtype).eps * torch.as_tensor(largest).item()
 
 
 def spy_on_restarts(patch: pytest.MonkeyPatch, script) -> list:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -699,11 +699,13 @@ def test_track_needs_no_account_where_wandb_mode_says_so(mode, process, tmp_path
 def test_each_mirror_has_an_id_of_its_own_that_a_resumed_run_keeps(monkeypatch, tmp_path):
     """Folders with the same last part are not the same run."""
     monkeypatch.chdir(tmp_path)
-    started, finished = [], []
+    started, finished, mirrored = [], [], {}
 
     def init(**given):
         started.append(given)
-        return SimpleNamespace(log=len, finish=lambda: finished.append(given["id"]))
+        assert given["reinit"] == "create_new"  # or it would go on in a mirror that is still open
+        end = partial(finished.append, given["id"])
+        return SimpleNamespace(log=lambda row, step: None, summary=mirrored, finish=end)
 
     def refuse(**given):
         raise OSError("no network")
@@ -717,17 +719,18 @@ def test_each_mirror_has_an_id_of_its_own_that_a_resumed_run_keeps(monkeypatch, 
     a = ppo.Args(run_dir="a/1", track=True, gamma=0.9)
     b = ppo.Args(run_dir="b/1", track=True, gamma=0.8)
     for args, at_checkpoint in ((a, None), (b, None), (replace(a, resume="a/1"), saved)):
-        run = ppo.Run(args, task, who, at_checkpoint)
-        for _ in range(2):  # train() closes it, too, where finish() has
-            run.close()
+        ppo.Run(args, task, who, at_checkpoint).close()
     ids = [given["id"] for given in started]
-    assert finished == ids  # or the next run in this process would go on in this mirror
     assert ids[0] == ids[2] != ids[1] and all(re.fullmatch("[0-9a-f]{32}", x) for x in ids)
     assert {given["name"] for given in started} == {"1"}
 
+    flags = {"total_timesteps": 128, "num_envs": 2, "num_steps": 32, "num_minibatches": 2}
+    _, summary = ppo.train(ppo.Args(**flags, eval_episodes=1, run_dir="c", track=True))
+    assert mirrored == summary and finished == [started[-1]["id"]]
+
     fake.init = refuse
     with pytest.raises(ppo.UserError, match=r"^--track: no network; or set WANDB_MODE=offline$"):
-        ppo.Run(ppo.Args(run_dir="c", track=True), task, who, None)
+        ppo.Run(ppo.Args(run_dir="d", track=True), task, who, None)
 
 
 def test_track_without_a_key_is_one_line_and_leaves_nothing(process, tmp_path):

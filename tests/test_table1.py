@@ -228,11 +228,16 @@ def test_the_correlation_of_seeds_is_of_what_the_means_leave():
 
 def test_time_limits_ten_seeds_stand_in_for_three(tmp_path, monkeypatch):
     many = [row("HalfCheetah-v4", "none", seed, 1000.0 + seed) for seed in (1, 2, 3, 4)]
+    many += [row("Hopper-v4", "none", seed, 1.0) for seed in (1, 2, 3)]  # no more than there are
+    pendulum = ("InvertedDoublePendulum-v4", "clip:0.2")
+    many += [row(*pendulum, seed, x) for seed, x in enumerate((9000.0, 9000.0, 500.0, 500.0))]
     folder = write_folder(tmp_path / "many", many, {})
     monkeypatch.setattr(table1, "TIME_LIMITS", folder)
     found = table1.bootstrapped_runs()
     counts = found.runs.groupby(["env_id", "objective"]).size()
-    assert counts["HalfCheetah-v4", "none"] == 4 and counts["Hopper-v4", "none"] == 3
+    assert counts["HalfCheetah-v4", "none"] == counts[pendulum] == 4
+    hoppers = found.runs.query("env_id == 'Hopper-v4' and objective == 'none'")
+    assert len(hoppers) == 3 and "1.0" not in list(hoppers["last_100_return"])
     assert len(found.curves.query("env_id == 'HalfCheetah-v4' and objective == 'none'")) == 8
     mine = [row("HalfCheetah-v4", "none", seed, -900.0 + seed) for seed in (1, 2, 3, 4)]
     table = sweep.Table(write_folder(tmp_path / "mine", mine, {}), LAYOUT)
@@ -245,6 +250,8 @@ def test_time_limits_ten_seeds_stand_in_for_three(tmp_path, monkeypatch):
     # of 70 ways to deal out four among eight, 2 are as far apart
     assert "`none`: ends below the untrained policy, -644 | 4 of 4 | 0 of 4 | 0.0286 |" in text
     assert "is, in the second half, below the untrained policy, -644 | 4 of 4 | 0 of 4 |" in text
+    assert "climbs above 8,000 | 0 of 0 | 2 of 4 |  |" in text
+    assert "of these, falls below 1,200 afterwards | 0 of 0 | 0 of 2 |  |" in text
 
 
 def test_a_profile_counts_the_runs_above():
@@ -428,7 +435,7 @@ def test_report_of_a_part_says_so(tmp_path):
 def test_seeds_that_all_tasks_have_are_scored_and_no_return_counts_as_the_lowest(tmp_path):
     tasks, objectives = ("Hopper-v4", "Swimmer-v4"), ("none", "clip:0.2", "kl:1")
     cells = list(itertools.product(tasks, objectives, (1, 2, 3, 4)))
-    runs = [row(*cell, 10.0 * cell[2]) for cell in cells[:-1]]
+    runs = [row(*cell, (10 if cell[0] == tasks[0] else 5) * cell[2]) for cell in cells[:-1]]
     runs[2]["last_100_return"] = "nan"  # Hopper, none, seed 3
     folder = write_folder(tmp_path / "t", runs, dict.fromkeys(tasks, (0, 0)))
     args = ["--report", "--results", str(folder), "--tasks", *tasks, "--objectives", *objectives]
@@ -469,7 +476,7 @@ def test_report_compares_all_eleven_with_the_paper(tmp_path, monkeypatch):
     assert "**PARTIAL: 232 of 308 runs are in**" in text and "7 tasks x 3 seeds" in text
     correlation = " | 1.00 [1.00, 1.00]" * 4
     assert f"| Spearman correlation with the paper [95%] | {correlation} |" in text
-    assert "These tests were named when 66 of the 770" in text and "| p | p, Holm |" in text
+    assert "These tests were named when 99 of the 770" in text and "| p | p, Holm |" in text
     # no spread: a difference of any size would be seen, with as few seeds as there can be
     assert re.search(
         r"^\| `none` \| 1\.48 \[.* < 0.0001 .* 0.00 / 0.00 \| 1.21 \| 2 / 2 \|$", text, re.M

@@ -454,10 +454,12 @@ def test_a_long_run_has_ten_checkpoints_however_long_its_episodes_are(script, ca
     due = [n for n in range(1, 10_001) if script.checkpoint_due(args, n, 0)]
     assert due == list(range(1000, 10_001, 1000))
     limited = replace(args)
-    for _ in range(2):  # a resumed run has the number that the script filled in
-        script.space_checkpoints(limited, 10**6)
-        assert limited.checkpoint_every == 1000
+    script.space_checkpoints(limited, 10**6)
+    assert limited.checkpoint_every == 1000
+    script.space_checkpoints(replace(limited, resume="run"), 10**6)  # with what was filled in
     assert capsys.readouterr().err == ""
+    script.space_checkpoints(replace(args, checkpoint_every=2000), 10**6)
+    assert "--checkpoint-every below 200000 biases" in capsys.readouterr().err
     short = replace(args, total_timesteps=10**6)
     assert not any(script.checkpoint_due(short, n, 199) for n in range(1, 1001))
     assert script.checkpoint_due(short, 1, 200)
@@ -488,9 +490,11 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(script, run, main, tmp_path)
     first = next(name for name in saved["agent"] if name.startswith("actor"))
     wide = saved | {"agent": saved["agent"] | {first: torch.zeros(1, 1)}}
     lacking = {name: part for name, part in saved.items() if name != "action_rng"}
+    grouped = saved | {"optimizer": saved["optimizer"] | {"param_groups": []}}
     for changed, commands, what in (
         (wide, ("--resume", "--evaluate"), f"agent .* size mismatch for {first}"),
         (lacking, ("--resume",), "action_rng .*"),
+        (grouped, ("--resume",), "optimizer .* parameter groups"),
     ):
         script.save_checkpoint(tmp_path / "run/checkpoint.pt", changed)
         for command in commands:

@@ -21,8 +21,8 @@ both; without clipping (--no-clip-actions) Reacher begins below -440. Both tasks
 squared action from the reward, and weights this random send large actions.
 
 Later the paper's curve stays far below ours on Reacher and on the double pendulum. With normal
-noise on all actions (--action-std 1), as a Gaussian policy with a deviation of 1 has it, ours ends
-near the paper's on both: benchmark/results/figure3 has the runs.
+noise on all actions (--action-std 1), as a Gaussian policy with a deviation of 1 has it, ours comes
+much nearer on both: benchmark/results/figure3 has the runs.
 
 A generation is 200 episodes. Where an episode has 1,000 steps that is 200,000 steps: a million
 steps are FIVE generations on HalfCheetah and Swimmer, a hundred on Reacher.

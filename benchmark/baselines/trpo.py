@@ -59,7 +59,7 @@ class Args(baselines.FittedArgs):
 
     gae_lambda: float = 0.98  # lambda of GAE; 1: n-step returns
     sigma: Literal["learned", "frozen"] = "learned"  # whether log sigma is trained, or stays 0
-    max_kl: float = 0.01  # delta; with damping most steps have less
+    max_kl: float = 0.01  # delta, the KL aimed at; 1.5 times as much is accepted
     cg_iterations: int = 10  # iterations of conjugate gradients
     damping: float = 0.1  # this times the identity is added to F
     fisher_every: int = 5  # F is computed from every k-th row; this is k
