@@ -144,7 +144,7 @@ def in_short() -> str:
             f"the paper {clip['the paper']} and {none['the paper']}. "
             "Its 0 and 1 are not stated: levels cannot be compared"
         ),
-        "[Figure 3](benchmark/README.md#figure3), three seeds": (
+        "[Figure 3](benchmark/README.md#figure3), three seeds or more": (
             f"PPO is first on{frozen}with TRPO's sigma frozen, on{learned}with it learned; "
             f"the paper:{in_paper.rstrip()}"
         ),

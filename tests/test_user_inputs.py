@@ -472,7 +472,7 @@ def test_a_resume_that_starts_over_says_so(run, main, tmp_path):
     assert code == 0 and err == ["note: run has no checkpoint and starts over"]
 
 
-def test_a_run_that_starts_over_without_the_compiler_can_be_read(run, main, tmp_path, monkeypatch):
+def test_a_run_that_starts_over_without_the_compiler_can_be_read(run, main, tmp_path):
     assert run("Good").code == 0
     (tmp_path / "run/checkpoint.pt").unlink()
     config = json.loads((tmp_path / "run/config.json").read_text())

@@ -7,8 +7,8 @@ Szita and Lorincz (2006), with the shrinking noise that they used for Tetris. In
     mean, variance <- those of the best 20%
     extra  =  .01^2 max(0, 1 - generation / 150)
 
-These settings are in Schulman's modular_rl (experiments/battery-cem.yaml): all numbers above,
-networks of 10 and 5 tanh units, a first variance of 1 around random initial weights, raw returns,
+These settings are in Schulman's modular_rl (cem.py and experiments/battery-cem.yaml): all numbers
+above, networks of 10 and 5 tanh units, a first variance of 1 around random weights, raw returns,
 observations standardised and clipped at +-5. (150 is half of its generations.) These are guesses:
 that Figure 3 used them, and the orthogonal initial weights. In modular_rl every worker process has
 its own observation statistics and renews them at every step. Here there is one filter. It is
