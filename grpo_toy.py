@@ -28,7 +28,7 @@ size, the weight decay of 0.5, the tasks and the size of the network are ours to
 
 The published relatives are flags:
 
-    R1, as printed               --ratio sequence --clip-low 10 --clip-high 10
+    R1, as printed               --ratio sequence --clip-low 10 --clip-high 10 --kl-coef 0.001
     Dr. GRPO (Liu et al. 2025)   --loss-agg dr_grpo --scale-rewards none --kl-coef 0
     DAPO (Yu et al. 2025)        --loss-agg dapo --clip-high 0.28 --kl-coef 0
     GSPO (Zheng et al. 2025)     --ratio sequence-mean --clip-low 3e-4 --clip-high 4e-4 --kl-coef 0
@@ -104,7 +104,8 @@ class Args:
     baseline: Literal["group", "batch", "leave-one-out", "none"] = "group"  # whose mean to subtract
     scale_rewards: Literal["group", "batch", "none"] = "group"  # divide by the std of these rewards
 
-    ratio: Literal["token", "sequence", "sequence-mean"] = "token"  # of a token or a whole answer
+    # whose ratio to clip: a token's, an answer's (a product), or its geometric mean per token
+    ratio: Literal["token", "sequence", "sequence-mean"] = "token"
     loss_agg: Literal["grpo", "dr_grpo", "dapo"] = "grpo"  # how the terms of eq. 3 are averaged
     clip_low: float = 0.2  # the ratio is clipped below 1 minus this (epsilon)
     clip_high: float = 0.2  # and above 1 plus this; larger than --clip-low is DAPO's clip-higher
@@ -499,10 +500,11 @@ def kl_terms(new: Tensor, old: Tensor, reference: Tensor) -> dict[str, Tensor]:
 
     new, old, reference [...]: the token's log-probability under the policy that is being optimised,
     under the policy that sampled it, and under the reference. What an estimate measures is one
-    question; where its gradient leads is another. With x = log(pi / pi_ref), on average over tokens
-    of the policy:
+    question. All but k2 measure the KL, on average over tokens, while the policy is still pi_old.
+    Where its gradient leads is another. With x = log(pi / pi_ref), on average over tokens of the
+    policy:
 
-                  value             gradient
+                  estimate          gradient
     k1            x                 0, so it is a metric only
     k2            x^2 / 2           that of KL[policy, reference]
     k3            e^-x + x - 1      that of the forward KL[reference, policy]   (eq. 4)
@@ -956,7 +958,8 @@ def choose_task(args: Args, task: Task | None) -> Task:
 def check_task(task: Task, args: Args, saved: dict | None) -> None:
     """Raises UserError, with field and question, where the task cannot be learned or evaluated.
 
-    Tries verify on the shortest answer, and before a warm-up demonstrate on a batch of questions.
+    Tries verify on the shortest answer. Before a warm-up it also tries demonstrate on a batch of
+    questions, and verify on the first answer of these.
     saved: the checkpoint of a run that goes on, or is evaluated, with this task.
     """
     purposes = {"vocab": "every text", "prompts": "training", "held_out": "the evaluation"}
@@ -991,9 +994,9 @@ def check_task(task: Task, args: Args, saved: dict | None) -> None:
         tries = [(task.prompts[0], [END]), (task.held_out[0], [END])]
         if saved is None and args.warmup_steps > 0:
             rng = random.Random(0)
-            for question in task.prompts[:256]:
-                tries.append((question, demonstration(task, question, vocab, rng)))
-        for question, answer in tries[:3]:  # a verifier may be slow
+            shown = [demonstration(task, question, vocab, rng) for question in task.prompts[:256]]
+            tries.append((task.prompts[0], shown[0]))  # one is enough: a verifier may be slow
+        for question, answer in tries:
             reward_of(task, question, answer)
     except (RuntimeError, NonFiniteError) as reason:
         raise UserError(str(reason)) from reason
@@ -1244,7 +1247,7 @@ class Run:
         self.seconds_before = saved["seconds"] if saved else 0.0  # of earlier processes
         self.seconds = self.seconds_before  # until the end of the last update
         self.sps = saved["sps"] if saved else None
-        self.warm = None  # time and step when the first update, which may compile, was over
+        self.warm_time = None  # when the first update, which may compile, was over
         name = f"{self.title}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         path = args.run_dir
         if not path:
@@ -1277,9 +1280,16 @@ class Run:
         if args.track:
             config = (self.path / "config.json").read_bytes()  # names this run, and stays the same
             key = hashlib.sha256(config + os.fsencode(self.path)).hexdigest()[:32]
-            where = {"project": args.wandb_project, "name": self.path.name, "dir": self.path}
-            where |= {"id": key, "resume": "allow", "reinit": "create_new"}  # beside open ones, too
-            self.wandb = call_wandb("init", **where, config=self.flags)
+            options = {
+                "project": args.wandb_project,
+                "name": self.path.name,
+                "dir": self.path,
+                "id": key,
+                "resume": "allow",
+                "reinit": "create_new",  # beside open ones, too
+                "config": self.flags,
+            }
+            self.wandb = call_wandb("init", **options)
         done = saved["state"]["updates"] * args.batch_size if saved else 0
         steps = args.num_updates * args.batch_size
         self.bar = tqdm(
@@ -1347,19 +1357,21 @@ class Run:
         more: metrics by their whole names.
         """
         step = update * self.batch_size
-        for _, *episode in episodes:
-            self.recent.append(episode)
+        for _, episode_return, length in episodes:
+            self.recent.append([episode_return, length])
         self.recent = self.recent[-100:]
-        mean_return, mean_length = np.mean(self.recent, 0).tolist() if self.recent else (None, None)
+        mean_return, mean_length = None, None  # empty cells where no episode has ended yet
+        if self.recent:
+            mean_return, mean_length = np.mean(self.recent, 0).tolist()
         now = time.perf_counter()
         self.seconds = self.seconds_before + now - self.started
-        if self.warm is None:
-            self.warm = now, step
+        if self.warm_time is None:
+            self.warm_time, self.warm_step = now, step
             self.sps = self.batch_size / (now - self.started)
         else:
-            self.sps = (step - self.warm[1]) / (now - self.warm[0])
+            self.sps = (step - self.warm_step) / (now - self.warm_time)
         row = {
-            "charts/episodic_return": mean_return,  # an empty cell where no episode has ended yet
+            "charts/episodic_return": mean_return,
             "charts/episodic_length": mean_length,
             "charts/SPS": self.sps,
         }
@@ -1368,10 +1380,10 @@ class Run:
         row |= more
         with writing(self.path):
             for place, episode_return, length in episodes:
-                where = {"global_step": step - self.batch_size + place + 1} | self.who
-                self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
-            where = {"update": update, "global_step": step}
-            self.write_row("metrics.csv", where | self.who | row)
+                ended = {"global_step": step - self.batch_size + place + 1} | self.who
+                self.write_row("episodes.csv", ended | {"return": episode_return, "length": length})
+            first = {"update": update, "global_step": step}
+            self.write_row("metrics.csv", first | self.who | row)
             for file in self.files.values():
                 file.flush()
         if self.wandb is not None:

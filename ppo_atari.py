@@ -15,7 +15,8 @@ fall into idle frames are missing.
 The paper cites the small network of Mnih et al. (2016). Its code has the one of Mnih et al. (2015),
 filters 32-64-64 and 512 units, and so have Baselines, CleanRL and this script. Table 5 leaves four
 more things open, which are here as in OpenAI Baselines' ppo2: orthogonal weights, Adam's epsilon,
-advantages standardised within a minibatch, and gradients scaled down to a norm of 0.5.
+advantages standardised within a minibatch, and gradients scaled down to a norm of 0.5. In two more
+this script differs from ppo2: the value loss is not clipped, and a time limit is no end.
 
     python ppo_atari.py --total-timesteps 3000000        # Pong: an hour or two on two cores
     python ppo_atari.py --env-id Breakout-v5 --device cuda
@@ -30,9 +31,10 @@ as many ranks as before for the same bits, and on several nodes a folder that al
 machines of different kinds, set --precision: each would otherwise choose its own. When one rank
 fails, torchrun ends all of them, adds a report, and exits with code 1.
 
-In bfloat16 the first ratios of an update may differ from 1, where a CPU computes minibatches by
-other kernels than rollouts: on average by less than a hundredth of the first clip range. That range
-shrinks with --anneal-clip, the difference does not.
+In bfloat16 a CPU may compute minibatches by other kernels than rollouts. Then the ratios before the
+first step of an update are not exactly 1: on average they are off by less than 0.001, a hundredth
+of the first clip range. With --anneal-clip that range shrinks; in the last percent of a run it is
+as small as the difference.
 """
 
 # /// script
@@ -102,7 +104,7 @@ class Args:
     gamma: float = 0.99  # discount factor (eq. 10)
     gae_lambda: float = 0.95  # lambda of GAE (eq. 11)
     norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # where to standardise advantages
-    bootstrap_truncated: bool = True  # a time limit is no end: the return goes on with V
+    bootstrap_truncated: bool = True  # a time limit does not end the return: V stands for the rest
 
     update_epochs: int = 3  # passes over the batch per update (K)
     num_minibatches: int = 4  # minibatches per pass; the paper's M is N * T / num_minibatches
@@ -111,16 +113,16 @@ class Args:
     anneal_clip: bool = True  # decay the clip range EPS in the same way
     vf_coef: float = 1.0  # c1 of eq. 9: weight of (V - V_targ)^2, which has no factor 1/2
     ent_coef: float = 0.01  # c2 of eq. 9: weight of the entropy bonus
-    value_clip: float | None = None  # keep V so near the old V; the larger loss counts
+    value_clip: float | None = None  # clip V to this distance from the old V, take the larger loss
     max_grad_norm: float = 0.5  # scale the gradient down to at most this norm; inf never does
     target_kl: float | None = None  # end an update after an epoch whose mean approx_kl exceeds this
 
     device: str = "cpu"  # cpu or cuda; under torchrun, cuda gives each rank its own GPU
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of the trunk; auto: what is fast
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of the trunk; auto: the faster one
     compile: bool = False  # torch.compile the loss; no gain on a CPU, nor on an H100
     threads: int = 0  # CPU threads of an update; 0: all cores, shared by the ranks
     run_dir: str | None = None  # folder of this run; None makes one under runs/
-    checkpoint_every: int = 0  # updates between checkpoints, which cut games short; 0: rarely
+    checkpoint_every: int = 0  # updates between checkpoints, each cuts games short; 0: few
     resume: str | None = None  # go on with the run in this folder; its config.json has the flags
     track: bool = False  # mirror the run to Weights & Biases (WANDB_MODE=offline works)
     wandb_project: str = "ppo"  # project for --track
@@ -258,7 +260,7 @@ def kl_between(old: Tensor, new: Tensor) -> Tensor:
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda) -> Tensor:
     """Generalized advantage estimation, eqs. 11 and 12.  [detail 5]
 
-    rewards, terminated, truncated: [T, N]. values: [T+1, N]. Returns advantages [T, N].
+    rewards [T, N]; terminated, truncated [T, N], bool; values [T+1, N]. Returns advantages [T, N].
 
     values[t+1] is V of the state that step t led to, at the end of an episode too: environments
     return the final observation first, and reset with the next step. So a truncated episode is
@@ -373,13 +375,14 @@ class Actors:
         a life is lost                     terminated          terminated          goes on
         the game ends                      terminated          terminated          is over
         27,000 steps have passed           truncated           truncated           is over
-        it ends in step 27,000             truncated           both                is over
-        it ends while it idles             nothing             nothing             is over
+        a game ends in step 27,000         truncated           both                is over
+        a game ends while it idles         nothing             nothing             is over
         it ends in the last idle frame     an end, twice       terminated, twice   is over, once
 
         A game that ends while it idles is noticed by its lives: the new game has more of them than
-        the old one had. RoadRunner does this now and then. info["terminated"] says that a game is
-        over, also in the two cases where the step's own `terminated` does not.
+        the old one had. RoadRunner does this now and then. EnvPool then counts steps on, and so
+        truncates the new game earlier. info["terminated"] says that a game is over, also in the two
+        cases where the step's own `terminated` does not.
         """
         self.obs, rewards, terminated, truncated, info = self.envs.step(actions)
         game_over = info["terminated"] > 0
@@ -442,20 +445,17 @@ def all_reduce(x: Tensor) -> Tensor:
     return x
 
 
-def mean_and_variance(x: Tensor, valid: Tensor, sum_ranks: Callable) -> tuple[Tensor, Tensor]:
-    """x, valid [..., B] -> mean and sample variance [..., 1] of x where valid is 1, not 0.
-
-    `sum_ranks` adds up the sums of all ranks, so the results are those of all ranks together.
-    """
-    count = sum_ranks(valid.sum(-1, keepdim=True))
-    mean = sum_ranks((x * valid).sum(-1, keepdim=True)) / count.clamp(min=1)
-    squares = sum_ranks(((x - mean).square() * valid).sum(-1, keepdim=True))
+def mean_and_variance(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """x, valid [..., B] -> mean and sample variance [..., 1] where valid is 1, over all ranks."""
+    count = all_reduce(valid.sum(-1, keepdim=True))
+    mean = all_reduce((x * valid).sum(-1, keepdim=True)) / count.clamp(min=1)
+    squares = all_reduce(((x - mean).square() * valid).sum(-1, keepdim=True))
     return mean, squares / (count - 1).clamp(min=1)
 
 
-def standardise(x: Tensor, valid: Tensor, sum_ranks: Callable) -> Tensor:
+def standardise(x: Tensor, valid: Tensor) -> Tensor:
     """x [..., B] with mean 0 and standard deviation 1 over the transitions of all ranks."""
-    mean, variance = mean_and_variance(x, valid, sum_ranks)
+    mean, variance = mean_and_variance(x, valid)
     return (x - mean) / (variance.sqrt() + 1e-8)
 
 
@@ -496,11 +496,11 @@ def update(agent, optimizer, batch, orders, objective, beta, args, loss_fn=minib
 
     advantages = batch["advantages"]
     if args.norm_adv == "batch":
-        advantages = standardise(advantages, batch["valid"], all_reduce)
+        advantages = standardise(advantages, batch["valid"])
     advantages = advantages[orders]  # [K, P, M]
     valid = batch["valid"][orders]
     if args.norm_adv == "minibatch":  # [detail 7]
-        advantages = standardise(advantages, valid, all_reduce)
+        advantages = standardise(advantages, valid)
     row_weights = valid / all_reduce(valid.sum(-1, keepdim=True)).clamp(min=1)
 
     history, grad_norms = [], []
@@ -541,9 +541,9 @@ def update(agent, optimizer, batch, orders, objective, beta, args, loss_fn=minib
             kl = kl_between(batch["log_probs"][rows], log_probs)
             kls.append((kl * row_weights[0, i]).sum())
     metrics["kl_after_update"] = all_reduce(torch.stack(kls).mean()).item()
-    _, variance = mean_and_variance(batch["returns"], batch["valid"], all_reduce)
+    _, variance = mean_and_variance(batch["returns"], batch["valid"])
     errors = batch["returns"] - batch["values"]
-    _, unexplained = mean_and_variance(errors, batch["valid"], all_reduce)
+    _, unexplained = mean_and_variance(errors, batch["valid"])
     metrics["explained_variance"] = float(1 - unexplained / variance) if variance > 0 else 0.0
     return metrics
 
@@ -587,7 +587,7 @@ def begin(args: Args, saved: dict | None) -> tuple[dict, dict]:
         "updates": 0,
         "transitions": 0,
         "beta": parse_objective(args.objective).beta,
-        "diverged_at": None,
+        "diverged_at": None,  # for benchmark/lockstep.py
         "dims": dims,
     }
     if saved is not None:
@@ -600,8 +600,9 @@ def begin(args: Args, saved: dict | None) -> tuple[dict, dict]:
 def train(args: Args) -> tuple[Agent, dict]:
     """Algorithm 1, then the evaluation. Returns the agent and what summary.json says of the run.
 
-    Only rank 0 has a summary; the other ranks return {}. Raises UserError for bad input, and
-    NonFiniteError where a number becomes NaN or infinite.
+    Only rank 0 has a summary; the other ranks return {}. Raises UserError for bad input,
+    NonFiniteError where a number becomes NaN or infinite, and RuntimeError where the environments
+    of rank 0 fail during the training.
     """
     saved = None
     if args.resume is not None:
@@ -622,14 +623,17 @@ def train(args: Args) -> tuple[Agent, dict]:
         run = Run(args, {"env_id": args.env_id}, who, saved)
 
     with contextlib.closing(run) if rank == 0 else contextlib.nullcontext():
+        restart = True  # environments cannot be saved: they begin anew after a checkpoint
         for iteration in range(state["updates"], args.num_updates):
             # ROLLOUT
-            if iteration % args.checkpoint_every == 0:  # a checkpoint holds no environments
-                actors.restart(stream(args.seed, "environments", iteration) + first_env)
-            # every rank draws the noise of all actors and takes that of its own
             shape = (args.num_steps, args.num_envs, state["dims"]["num_actions"])
-            noise = draw_noise(shape, parts["action_rng"])[:, first_env : first_env + local_envs]
-            rollout, games = collect(agent, actors, torch.from_numpy(noise).to(args.device))
+            with run.saving_work(state, parts) if rank == 0 else contextlib.nullcontext():
+                if restart:
+                    actors.restart(stream(args.seed, "environments", iteration) + first_env)
+                # every rank draws the noise of all actors and takes that of its own
+                noise = draw_noise(shape, parts["action_rng"])
+                noise = noise[:, first_env : first_env + local_envs]
+                rollout, games = collect(agent, actors, torch.from_numpy(noise).to(args.device))
             computed = {name: rollout[name] for name in ("rewards", "log_probs", "values")}
             check_finite(computed, iteration + 1)
 
@@ -682,11 +686,11 @@ def train(args: Args) -> tuple[Agent, dict]:
                 episodes.append((t * args.num_envs + first_env + i, game_return, length))
             episodes = gathered(episodes)
             epsilon = current.epsilon if objective.kind == "clip" else None
+            restart = state["updates"] % args.checkpoint_every == 0
             if rank == 0:
                 charts = {"learning_rate": lr, "beta": beta, "epsilon": epsilon}
                 run.log(state["updates"], episodes, charts, losses)
-                due = state["updates"] % args.checkpoint_every == 0
-                if due or state["updates"] == args.num_updates:
+                if restart or state["updates"] == args.num_updates:
                     save_checkpoint(run.path / "checkpoint.pt", run.checkpoint(state, parts))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -907,16 +911,17 @@ def parse_objective(text: str) -> Objective:
 
 
 def has_compiler() -> bool:
+    """Whether torch.compile can work here."""
     compiler = os.environ.get("CXX", "g++")
     return bool(shutil.which(compiler) or shutil.which("clang++"))
 
 
 def space_checkpoints(args: Args) -> None:
-    """Fill in --checkpoint-every, so that 50 games of usual length lie between two checkpoints.
+    """Fill in --checkpoint-every: each actor plays 50 games of usual length in between.
 
     After a checkpoint all games begin anew, and those that are cut short are not reported.
     """
-    usual_length = 2560
+    usual_length = 2560  # steps
     safe = math.ceil(50 * usual_length / args.num_steps)
     first_rank = int(os.environ.get("RANK", 0)) == 0
     if 0 < args.checkpoint_every < min(safe, args.num_updates) and first_rank:
@@ -1139,7 +1144,7 @@ class Run:
         self.seconds_before = saved["seconds"] if saved else 0.0  # of earlier processes
         self.seconds = self.seconds_before  # until the end of the last update
         self.sps = saved["sps"] if saved else None
-        self.warm = None  # time and step when the first update, which may compile, was over
+        self.warm_time = None  # when the first update, which may compile, was over
         name = f"{self.title}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         path = args.run_dir
         if not path:
@@ -1172,9 +1177,16 @@ class Run:
         if args.track:
             config = (self.path / "config.json").read_bytes()  # names this run, and stays the same
             key = hashlib.sha256(config + os.fsencode(self.path)).hexdigest()[:32]
-            where = {"project": args.wandb_project, "name": self.path.name, "dir": self.path}
-            where |= {"id": key, "resume": "allow", "reinit": "create_new"}  # beside open ones, too
-            self.wandb = call_wandb("init", **where, config=self.flags)
+            options = {
+                "project": args.wandb_project,
+                "name": self.path.name,
+                "dir": self.path,
+                "id": key,
+                "resume": "allow",
+                "reinit": "create_new",  # beside open ones, too
+                "config": self.flags,
+            }
+            self.wandb = call_wandb("init", **options)
         done = saved["state"]["updates"] * args.batch_size if saved else 0
         steps = args.num_updates * args.batch_size
         self.bar = tqdm(
@@ -1242,19 +1254,21 @@ class Run:
         more: metrics by their whole names.
         """
         step = update * self.batch_size
-        for _, *episode in episodes:
-            self.recent.append(episode)
+        for _, episode_return, length in episodes:
+            self.recent.append([episode_return, length])
         self.recent = self.recent[-100:]
-        mean_return, mean_length = np.mean(self.recent, 0).tolist() if self.recent else (None, None)
+        mean_return, mean_length = None, None  # empty cells where no episode has ended yet
+        if self.recent:
+            mean_return, mean_length = np.mean(self.recent, 0).tolist()
         now = time.perf_counter()
         self.seconds = self.seconds_before + now - self.started
-        if self.warm is None:
-            self.warm = now, step
+        if self.warm_time is None:
+            self.warm_time, self.warm_step = now, step
             self.sps = self.batch_size / (now - self.started)
         else:
-            self.sps = (step - self.warm[1]) / (now - self.warm[0])
+            self.sps = (step - self.warm_step) / (now - self.warm_time)
         row = {
-            "charts/episodic_return": mean_return,  # an empty cell where no episode has ended yet
+            "charts/episodic_return": mean_return,
             "charts/episodic_length": mean_length,
             "charts/SPS": self.sps,
         }
@@ -1263,10 +1277,10 @@ class Run:
         row |= more
         with writing(self.path):
             for place, episode_return, length in episodes:
-                where = {"global_step": step - self.batch_size + place + 1} | self.who
-                self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
-            where = {"update": update, "global_step": step}
-            self.write_row("metrics.csv", where | self.who | row)
+                ended = {"global_step": step - self.batch_size + place + 1} | self.who
+                self.write_row("episodes.csv", ended | {"return": episode_return, "length": length})
+            first = {"update": update, "global_step": step}
+            self.write_row("metrics.csv", first | self.who | row)
             for file in self.files.values():
                 file.flush()
         if self.wandb is not None:

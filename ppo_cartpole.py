@@ -57,6 +57,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -81,14 +82,14 @@ class Args:
     objective: str = "clip:0.2"  # clip:EPS (eq. 7), kl:BETA, adaptive:D_TARG (eq. 8), none, pg
     seed: int = 1  # seed of every random stream: weights, actions, minibatches, environments
 
-    total_timesteps: int = 100_000  # environment steps, reset steps included, in whole updates
+    total_timesteps: int = 100_000  # steps, reset steps included, rounded up to whole updates
     num_envs: int = 32  # parallel actors (N)
     num_steps: int = 64  # steps of each actor per update (T)
 
     gamma: float = 0.99  # discount factor (eq. 10)
     gae_lambda: float = 0.95  # lambda of GAE (eq. 11)
     norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # where to standardise advantages
-    bootstrap_truncated: bool = True  # a time limit is no end: the return goes on with V
+    bootstrap_truncated: bool = True  # a time limit does not end the return: V stands for the rest
 
     update_epochs: int = 4  # passes over the batch per update (K)
     num_minibatches: int = 32  # minibatches per pass; the paper's M is N * T / num_minibatches
@@ -103,7 +104,7 @@ class Args:
     device: str = "cpu"  # cpu or cuda; networks this small are faster on the CPU
     compile: bool = False  # torch.compile the gradient: faster, after some twenty seconds
     run_dir: str | None = None  # folder of this run; None makes one under runs/
-    checkpoint_every: int = 0  # updates between checkpoints, which cut episodes short; 0: seldom
+    checkpoint_every: int = 0  # updates between checkpoints, each cuts episodes short; 0: few
     resume: str | None = None  # go on with the run in this folder; its config.json has the flags
     track: bool = False  # mirror the run to Weights & Biases (WANDB_MODE=offline works)
     wandb_project: str = "ppo"  # project for --track
@@ -222,7 +223,7 @@ def kl_between(old: Tensor, new: Tensor) -> Tensor:
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda) -> Tensor:
     """Generalized advantage estimation, eqs. 11 and 12.  [detail 5]
 
-    rewards, terminated, truncated: [T, N]. values: [T+1, N]. Returns advantages [T, N].
+    rewards [T, N]; terminated, truncated [T, N], bool; values [T+1, N]. Returns advantages [T, N].
 
     values[t+1] is V of the state that step t led to, at the end of an episode too: environments
     return the final observation first, and reset with the next step. So a truncated episode is
@@ -353,7 +354,7 @@ class Actors:
         return rewards, terminated, truncated, episodes
 
     def close(self) -> None:
-        """Close the environments. One that cannot even do that costs nobody the run."""
+        """Close the environments. An error there is printed: it must not cost the run."""
         try:
             self.envs.close()
         except Exception as reason:
@@ -402,7 +403,7 @@ def loss_terms(agent: Agent, minibatch: dict, objective: Objective, beta, args: 
 
 
 def gradient(agent: Agent, minibatch: dict, objective: Objective, beta, args: Args) -> tuple:
-    """The gradient of minus eq. 9, one vector [P], scaled down; and the means of all terms."""
+    """The gradient of minus eq. 9, scaled down: one vector [P]. And the means of all terms."""
     if args.norm_adv == "minibatch":  # [detail 7]
         minibatch = minibatch | {"advantages": standardise(minibatch["advantages"])}
     terms = loss_terms(agent, minibatch, objective, beta, args)
@@ -416,9 +417,9 @@ def gradient(agent: Agent, minibatch: dict, objective: Objective, beta, args: Ar
 
 
 def split_batch(batch: dict, order: Tensor, num_minibatches: int) -> list[dict]:
-    """The minibatches of an epoch: all rows in this order, but no reset steps.  [detail 6]"""
+    """The minibatches of an epoch: the transitions in this order, no reset steps.  [detail 6]"""
     parts = [rows[batch["valid"][rows]] for rows in order.chunk(num_minibatches)]
-    parts = [rows for rows in parts if len(rows) > 1]  # fewer cannot be standardised
+    parts = [rows for rows in parts if len(rows) > 1]  # one cannot be standardised
     sizes = [len(rows) for rows in parts]
     rows = torch.cat(parts)  # gathered at once and then cut: faster than each minibatch anew
     pieces = {name: x.index_select(0, rows).split(sizes) for name, x in batch.items()}
@@ -436,7 +437,7 @@ def update(agent, optimizer, batch, objective, beta, args, rng, gradient_fn=grad
         advantages[valid] = standardise(batch["advantages"][valid])
         batch = batch | {"advantages": advantages}
     beta = torch.tensor(beta)  # a tensor, or torch.compile would compile every new beta
-    # all orders are drawn before, so that an early end by --target-kl changes no later one
+    # draw all orders first: an early end by --target-kl must not shift those of later updates
     orders = [torch.randperm(len(valid), generator=rng) for _ in range(args.update_epochs)]
     (weights,) = optimizer.param_groups[0]["params"]  # one_vector(agent)
     history = []
@@ -521,7 +522,7 @@ def begin(args: Args, actors: Actors, saved: dict | None) -> tuple[dict, dict]:
 def train(args: Args) -> tuple[Agent, dict]:
     """Algorithm 1, then the evaluation. Returns the agent and what summary.json says of the run.
 
-    Raises UserError for bad input, and NonFiniteError where a number becomes NaN or infinite.
+    Raises UserError (bad input), NonFiniteError (NaN or infinity), RuntimeError (an environment).
     """
     saved = None
     if args.resume is not None:
@@ -711,6 +712,8 @@ def check_args(args: Args) -> Args:
         raise UserError("--device cuda: there is no CUDA here; use --device cpu")
     if args.compile and not has_compiler():
         raise UserError("--compile needs a C++ compiler such as g++; use --no-compile")
+    if args.capture_video and find_spec("moviepy") is None:
+        raise UserError("--capture-video needs moviepy: pip install moviepy, or leave it out")
     if args.capture_video:
         check_rendering(args)
     return args
@@ -781,7 +784,8 @@ def check_interface(args: Args, envs: gym.vector.VectorEnv) -> None:
 class Checked(gym.Wrapper):
     """An environment whose harmless departures from Gymnasium's interface are smoothed out.
 
-    An observation may be of another dtype than declared: vectors pass as float64, and lose nothing.
+    An observation may be of another dtype than declared: vectors pass as float64, which Actors
+    makes float32.
     A reward may be an array of one number. Infos, which nobody reads here, may be anything.
     """
 
@@ -834,6 +838,7 @@ def check_rendering(args: Args) -> None:
 
 
 def has_compiler() -> bool:
+    """Whether torch.compile can work here."""
     compiler = os.environ.get("CXX", "g++")
     return bool(shutil.which(compiler) or shutil.which("clang++"))
 
@@ -845,7 +850,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def space_checkpoints(args: Args, episode_limit: int | None) -> None:
-    """Fill in --checkpoint-every, so that 50 full episodes lie between two checkpoints.
+    """Fill in --checkpoint-every: 50 full episodes of each actor, or a tenth of a long run.
 
     After a checkpoint every run, resumed or not, restarts its environments, and episodes are cut
     short there. Where no time limit is registered, it stays 0, and checkpoint_due() counts.
@@ -853,7 +858,7 @@ def space_checkpoints(args: Args, episode_limit: int | None) -> None:
     if episode_limit is None:
         return
     safe = math.ceil(50 * episode_limit / args.num_steps)
-    # not of a resumed run: its number may be the one that is filled in below
+    # no note for a resumed run: its number may have been chosen by this function
     if not args.resume and 0 < args.checkpoint_every < min(safe, args.num_updates):
         what = f"--checkpoint-every below {safe} biases reported returns to short episodes"
         print(f"note: {what}", file=sys.stderr)
@@ -1098,7 +1103,7 @@ class Run:
         self.seconds_before = saved["seconds"] if saved else 0.0  # of earlier processes
         self.seconds = self.seconds_before  # until the end of the last update
         self.sps = saved["sps"] if saved else None
-        self.warm = None  # time and step when the first update, which may compile, was over
+        self.warm_time = None  # when the first update, which may compile, was over
         name = f"{self.title}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         path = args.run_dir
         if not path:
@@ -1131,9 +1136,16 @@ class Run:
         if args.track:
             config = (self.path / "config.json").read_bytes()  # names this run, and stays the same
             key = hashlib.sha256(config + os.fsencode(self.path)).hexdigest()[:32]
-            where = {"project": args.wandb_project, "name": self.path.name, "dir": self.path}
-            where |= {"id": key, "resume": "allow", "reinit": "create_new"}  # beside open ones, too
-            self.wandb = call_wandb("init", **where, config=self.flags)
+            options = {
+                "project": args.wandb_project,
+                "name": self.path.name,
+                "dir": self.path,
+                "id": key,
+                "resume": "allow",
+                "reinit": "create_new",  # beside open ones, too
+                "config": self.flags,
+            }
+            self.wandb = call_wandb("init", **options)
         done = saved["state"]["updates"] * args.batch_size if saved else 0
         steps = args.num_updates * args.batch_size
         self.bar = tqdm(
@@ -1201,19 +1213,21 @@ class Run:
         more: metrics by their whole names.
         """
         step = update * self.batch_size
-        for _, *episode in episodes:
-            self.recent.append(episode)
+        for _, episode_return, length in episodes:
+            self.recent.append([episode_return, length])
         self.recent = self.recent[-100:]
-        mean_return, mean_length = np.mean(self.recent, 0).tolist() if self.recent else (None, None)
+        mean_return, mean_length = None, None  # empty cells where no episode has ended yet
+        if self.recent:
+            mean_return, mean_length = np.mean(self.recent, 0).tolist()
         now = time.perf_counter()
         self.seconds = self.seconds_before + now - self.started
-        if self.warm is None:
-            self.warm = now, step
+        if self.warm_time is None:
+            self.warm_time, self.warm_step = now, step
             self.sps = self.batch_size / (now - self.started)
         else:
-            self.sps = (step - self.warm[1]) / (now - self.warm[0])
+            self.sps = (step - self.warm_step) / (now - self.warm_time)
         row = {
-            "charts/episodic_return": mean_return,  # an empty cell where no episode has ended yet
+            "charts/episodic_return": mean_return,
             "charts/episodic_length": mean_length,
             "charts/SPS": self.sps,
         }
@@ -1222,10 +1236,10 @@ class Run:
         row |= more
         with writing(self.path):
             for place, episode_return, length in episodes:
-                where = {"global_step": step - self.batch_size + place + 1} | self.who
-                self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
-            where = {"update": update, "global_step": step}
-            self.write_row("metrics.csv", where | self.who | row)
+                ended = {"global_step": step - self.batch_size + place + 1} | self.who
+                self.write_row("episodes.csv", ended | {"return": episode_return, "length": length})
+            first = {"update": update, "global_step": step}
+            self.write_row("metrics.csv", first | self.who | row)
             for file in self.files.values():
                 file.flush()
         if self.wandb is not None:

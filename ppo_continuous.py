@@ -12,8 +12,9 @@ details have the same numbers here, and below AROUND THE RUN the text is the sam
     two presets     modern, the default: mostly what is usual today
                     paper: as far as is known, what was done for the paper
 
-The statistics are renewed once per rollout, before the update, as in OpenAI's code of the paper's
-time (baselines, ppo1). The old policy of the ratio is the old weights under the new statistics.
+The statistics are renewed once per rollout, before the update. The old policy and the old V are the
+old weights under the new statistics. OpenAI's code of the paper's time (baselines, ppo1) did so
+with the statistics of observations, which were all it had; its V was that of the rollout.
 
     python ppo_continuous.py                                      # HalfCheetah-v4, a few minutes
     python ppo_continuous.py --env-id Hopper-v4 --objective kl:1
@@ -59,6 +60,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args
@@ -85,7 +87,7 @@ class Args:
     objective: str = "clip:0.2"  # clip:EPS (eq. 7), kl:BETA, adaptive:D_TARG (eq. 8), none, pg
     seed: int = 1  # seed of every random stream: weights, actions, minibatches, environments
 
-    total_timesteps: int = 1_000_000  # environment steps, reset steps too, in whole updates
+    total_timesteps: int = 1_000_000  # steps, reset steps too, rounded up to whole updates
     num_envs: int = 1  # parallel actors (N)
     num_steps: int = 2048  # steps of each actor per update (T)
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"  # auto: EnvPool from 4 actors on
@@ -97,8 +99,8 @@ class Args:
 
     gamma: float = 0.99  # discount factor (eq. 10)
     gae_lambda: float = 0.95  # lambda of GAE (eq. 11)
-    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # standardise over (paper: batch)
-    bootstrap_truncated: bool = True  # a time limit is no end: go on with V (paper: no)
+    norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"  # standardise A in (paper: batch)
+    bootstrap_truncated: bool = True  # V stands for what follows a time limit (paper: no)
 
     update_epochs: int = 10  # passes over the batch per update (K)
     num_minibatches: int = 32  # minibatches per pass; the paper's M is N * T / num_minibatches
@@ -113,7 +115,7 @@ class Args:
     device: str = "cpu"  # cpu or cuda; networks this small are faster on the CPU
     compile: bool = True  # torch.compile the gradient, where there is a C++ compiler
     run_dir: str | None = None  # folder of this run; None makes one under runs/
-    checkpoint_every: int = 0  # updates between checkpoints, which cut episodes short; 0: seldom
+    checkpoint_every: int = 0  # updates between checkpoints, each cuts episodes short; 0: few
     resume: str | None = None  # go on with the run in this folder; its config.json has the flags
     track: bool = False  # mirror the run to Weights & Biases (WANDB_MODE=offline works)
     wandb_project: str = "ppo"  # project for --track
@@ -165,7 +167,7 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
         else:
             options |= {"vectorization_mode": "sync", "wrappers": [Checked]}
             options["disable_env_checker"] = True  # Checked does that
-            # of MuJoCo's -v4 Gymnasium says that there is -v5; EnvPool has no other
+            # Gymnasium warns that MuJoCo's -v4 is old, but EnvPool has only that
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 envs = gym.make_vec(args.env_id, num_envs, **options)
     except (Exception, SystemExit) as reason:  # an environment may raise anything
@@ -258,7 +260,7 @@ class Agent(nn.Module):
         self.obs_stats = RunningStats(obs_dim)
         self.actor = mlp(obs_dim, action_dim, gain=0.01)  # actions start around 0
         self.critic = mlp(obs_dim, 1, gain=1.0)
-        self.log_std = nn.Parameter(torch.full((action_dim,), log_std))  # the same in all states
+        self.log_std = nn.Parameter(torch.ones(action_dim) * log_std)  # the same in all states
 
     def normalise(self, obs: Tensor) -> Tensor:
         """obs [..., D] -> [..., D], standardised and clipped."""
@@ -312,7 +314,7 @@ def kl_between(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Ten
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda) -> Tensor:
     """Generalized advantage estimation, eqs. 11 and 12.  [detail 5]
 
-    rewards, terminated, truncated: [T, N]. values: [T+1, N]. Returns advantages [T, N].
+    rewards [T, N]; terminated, truncated [T, N], bool; values [T+1, N]. Returns advantages [T, N].
 
     values[t+1] is V of the state that step t led to, at the end of an episode too: environments
     return the final observation first, and reset with the next step. So a truncated episode is
@@ -416,7 +418,7 @@ class Actors:
             self.envs = film(self.envs, str(videos), episode_trigger=lambda _: True)
 
     def restart(self, seed: int | list[int]) -> None:
-        """Every actor begins a new episode, on the seeds `seed`, `seed` + 1, ... or on these."""
+        """Every actor begins a new episode. seed: the first actor's (others count on) or a list."""
         seed_globals(seed if isinstance(seed, int) else seed[0])
         obs, _ = self.envs.reset(seed=seed)
         self.obs = obs.copy()
@@ -446,7 +448,7 @@ class Actors:
         return rewards, terminated, truncated, episodes
 
     def close(self) -> None:
-        """Close the environments. One that cannot even do that costs nobody the run."""
+        """Close the environments. An error there is printed: it must not cost the run."""
         try:
             self.envs.close()
         except Exception as reason:
@@ -518,7 +520,7 @@ def loss_terms(agent: Agent, minibatch: dict, objective: Objective, beta, args: 
 
 
 def gradient(agent: Agent, minibatch: dict, objective: Objective, beta, args: Args) -> tuple:
-    """The gradient of minus eq. 9, one vector [P], scaled down; and the means of all terms."""
+    """The gradient of minus eq. 9, scaled down: one vector [P]. And the means of all terms."""
     if args.norm_adv == "minibatch":  # [detail 7]
         minibatch = minibatch | {"advantages": standardise(minibatch["advantages"])}
     terms = loss_terms(agent, minibatch, objective, beta, args)
@@ -532,9 +534,9 @@ def gradient(agent: Agent, minibatch: dict, objective: Objective, beta, args: Ar
 
 
 def split_batch(batch: dict, order: Tensor, num_minibatches: int) -> list[dict]:
-    """The minibatches of an epoch: all rows in this order, but no reset steps.  [detail 6]"""
+    """The minibatches of an epoch: the transitions in this order, no reset steps.  [detail 6]"""
     parts = [rows[batch["valid"][rows]] for rows in order.chunk(num_minibatches)]
-    parts = [rows for rows in parts if len(rows) > 1]  # fewer cannot be standardised
+    parts = [rows for rows in parts if len(rows) > 1]  # one cannot be standardised
     sizes = [len(rows) for rows in parts]
     rows = torch.cat(parts)  # gathered at once and then cut: faster than each minibatch anew
     pieces = {name: x.index_select(0, rows).split(sizes) for name, x in batch.items()}
@@ -552,7 +554,7 @@ def update(agent, optimizer, batch, objective, beta, args, rng, gradient_fn=grad
         advantages[valid] = standardise(batch["advantages"][valid])
         batch = batch | {"advantages": advantages}
     beta = torch.tensor(beta)  # a tensor, or torch.compile would compile every new beta
-    # all orders are drawn before, so that an early end by --target-kl changes no later one
+    # draw all orders first: an early end by --target-kl must not shift those of later updates
     orders = [torch.randperm(len(valid), generator=rng) for _ in range(args.update_epochs)]
     (weights,) = optimizer.param_groups[0]["params"]  # one_vector(agent)
     history = []
@@ -644,7 +646,7 @@ def begin(args: Args, actors: Actors, saved: dict | None) -> tuple[dict, dict]:
 def train(args: Args) -> tuple[Agent, dict]:
     """Algorithm 1, then the evaluation. Returns the agent and what summary.json says of the run.
 
-    Raises UserError for bad input, and NonFiniteError where a number becomes NaN or infinite.
+    Raises UserError (bad input), NonFiniteError (NaN or infinity), RuntimeError (an environment).
     """
     saved = None
     if args.resume is not None:
@@ -853,13 +855,15 @@ def check_args(args: Args) -> Args:
         raise UserError(f"--device must be cpu or cuda, not {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA here; use --device cpu")
+    if args.capture_video and find_spec("moviepy") is None:
+        raise UserError("--capture-video needs moviepy: pip install moviepy, or leave it out")
     if args.capture_video:
         check_rendering(args)
     return replace(args, env_backend=choose_backend(args, args.num_envs))
 
 
 def choose_backend(args: Args, num_envs: int) -> str:
-    """What --env-backend means here. Raises UserError where EnvPool does not know the id.
+    """The backend that --env-backend stands for. Raises UserError: EnvPool does not know the id.
 
     Below four environments, handing over to a pool costs more than it saves.
     """
@@ -881,7 +885,10 @@ def action_bounds(args: Args, space: gym.spaces.Box) -> tuple[np.ndarray, np.nda
 
 
 def note_far_bounds(args: Args, space: gym.spaces.Box) -> None:
-    """Says so where a policy that starts around 0 can hardly act within the bounds of actions."""
+    """Prints a note where the first policy does not suit the bounds of actions.
+
+    It seldom acts within them, or they are a hundred deviations apart.
+    """
     std = math.exp(args.log_std)
     low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)
     first = torch.distributions.Normal(0.0, std)
@@ -996,9 +1003,9 @@ class Checked(gym.Wrapper):
 
 
 def film_options(env_id: str) -> dict[str, str]:
-    """What gym.make_vec() takes for a film. Of MuJoCo's tasks, the camera that follows the body.
+    """What gym.make_vec() takes for a film: for MuJoCo's tasks, the camera that follows the body.
 
-    Gymnasium 1.4.0 leaves another where it was, and the body soon runs out of the picture.
+    In Gymnasium 1.4.0 the default camera stands still, and the body soon leaves the picture.
     """
     options = {"render_mode": "rgb_array"}
     if "gymnasium.envs.mujoco" in str(gym.registry.get(env_id)):
@@ -1030,10 +1037,11 @@ def in_numpy(agent: Agent) -> Callable:
     exact = partial(act, agent)
     try:
         weights = [weight.detach().cpu().numpy() for weight in agent.actor.parameters()]
-        mean, std = agent.obs_stats.mean.cpu().numpy(), agent.obs_stats.std.cpu().numpy()
-        spread = agent.log_std.detach().cpu().exp().numpy()
-        obs = mean + trial_obs(len(mean), agent.obs_clip) * std
-        fast = numpy_policy(weights, mean, std, agent.obs_clip, spread)
+        obs_mean = agent.obs_stats.mean.cpu().numpy()
+        obs_std = agent.obs_stats.std.cpu().numpy()
+        action_std = agent.log_std.detach().cpu().exp().numpy()
+        obs = obs_mean + trial_obs(len(obs_mean), agent.obs_clip) * obs_std
+        fast = numpy_policy(weights, obs_mean, obs_std, agent.obs_clip, action_std)
         same = np.allclose(fast(obs, 1), exact(obs, 1), rtol=1e-4, atol=1e-5)
     except (AttributeError, ValueError):  # another network
         same = False
@@ -1055,15 +1063,19 @@ def trial_obs(dim: int, clip: float) -> np.ndarray:
     return obs
 
 
-def numpy_policy(weights: list, mean, std, obs_clip: float, spread) -> Callable:
-    """A tanh network with two hidden layers, its three weights [U, D] and biases [U] in turn."""
+def numpy_policy(weights: list, obs_mean, obs_std, obs_clip: float, action_std) -> Callable:
+    """actor(obs) + action_std * noise, as a function of obs [..., D] and noise [..., U].
+
+    weights: of the three layers in turn, weight [outputs, inputs] and bias [outputs]. obs_mean,
+    obs_std [D]. action_std [U].
+    """
     w0, b0, w1, b1, w2, b2 = weights
 
     def fast(obs: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-        x = ((obs - mean) / std).clip(-obs_clip, obs_clip).astype(np.float32)
+        x = ((obs - obs_mean) / obs_std).clip(-obs_clip, obs_clip).astype(np.float32)
         x = np.tanh(x @ w0.mT + b0)
         x = np.tanh(x @ w1.mT + b1)
-        return x @ w2.mT + b2 + spread * noise
+        return x @ w2.mT + b2 + action_std * noise
 
     return fast
 
@@ -1084,7 +1096,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def space_checkpoints(args: Args, episode_limit: int | None) -> None:
-    """Fill in --checkpoint-every, so that 50 full episodes lie between two checkpoints.
+    """Fill in --checkpoint-every: 50 full episodes of each actor, or a tenth of a long run.
 
     After a checkpoint every run, resumed or not, restarts its environments, and episodes are cut
     short there. Where no time limit is registered, it stays 0, and checkpoint_due() counts.
@@ -1092,7 +1104,7 @@ def space_checkpoints(args: Args, episode_limit: int | None) -> None:
     if episode_limit is None:
         return
     safe = math.ceil(50 * episode_limit / args.num_steps)
-    # not of a resumed run: its number may be the one that is filled in below
+    # no note for a resumed run: its number may have been chosen by this function
     if not args.resume and 0 < args.checkpoint_every < min(safe, args.num_updates):
         what = f"--checkpoint-every below {safe} biases reported returns to short episodes"
         print(f"note: {what}", file=sys.stderr)
@@ -1337,7 +1349,7 @@ class Run:
         self.seconds_before = saved["seconds"] if saved else 0.0  # of earlier processes
         self.seconds = self.seconds_before  # until the end of the last update
         self.sps = saved["sps"] if saved else None
-        self.warm = None  # time and step when the first update, which may compile, was over
+        self.warm_time = None  # when the first update, which may compile, was over
         name = f"{self.title}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         path = args.run_dir
         if not path:
@@ -1370,9 +1382,16 @@ class Run:
         if args.track:
             config = (self.path / "config.json").read_bytes()  # names this run, and stays the same
             key = hashlib.sha256(config + os.fsencode(self.path)).hexdigest()[:32]
-            where = {"project": args.wandb_project, "name": self.path.name, "dir": self.path}
-            where |= {"id": key, "resume": "allow", "reinit": "create_new"}  # beside open ones, too
-            self.wandb = call_wandb("init", **where, config=self.flags)
+            options = {
+                "project": args.wandb_project,
+                "name": self.path.name,
+                "dir": self.path,
+                "id": key,
+                "resume": "allow",
+                "reinit": "create_new",  # beside open ones, too
+                "config": self.flags,
+            }
+            self.wandb = call_wandb("init", **options)
         done = saved["state"]["updates"] * args.batch_size if saved else 0
         steps = args.num_updates * args.batch_size
         self.bar = tqdm(
@@ -1440,19 +1459,21 @@ class Run:
         more: metrics by their whole names.
         """
         step = update * self.batch_size
-        for _, *episode in episodes:
-            self.recent.append(episode)
+        for _, episode_return, length in episodes:
+            self.recent.append([episode_return, length])
         self.recent = self.recent[-100:]
-        mean_return, mean_length = np.mean(self.recent, 0).tolist() if self.recent else (None, None)
+        mean_return, mean_length = None, None  # empty cells where no episode has ended yet
+        if self.recent:
+            mean_return, mean_length = np.mean(self.recent, 0).tolist()
         now = time.perf_counter()
         self.seconds = self.seconds_before + now - self.started
-        if self.warm is None:
-            self.warm = now, step
+        if self.warm_time is None:
+            self.warm_time, self.warm_step = now, step
             self.sps = self.batch_size / (now - self.started)
         else:
-            self.sps = (step - self.warm[1]) / (now - self.warm[0])
+            self.sps = (step - self.warm_step) / (now - self.warm_time)
         row = {
-            "charts/episodic_return": mean_return,  # an empty cell where no episode has ended yet
+            "charts/episodic_return": mean_return,
             "charts/episodic_length": mean_length,
             "charts/SPS": self.sps,
         }
@@ -1461,10 +1482,10 @@ class Run:
         row |= more
         with writing(self.path):
             for place, episode_return, length in episodes:
-                where = {"global_step": step - self.batch_size + place + 1} | self.who
-                self.write_row("episodes.csv", where | {"return": episode_return, "length": length})
-            where = {"update": update, "global_step": step}
-            self.write_row("metrics.csv", where | self.who | row)
+                ended = {"global_step": step - self.batch_size + place + 1} | self.who
+                self.write_row("episodes.csv", ended | {"return": episode_return, "length": length})
+            first = {"update": update, "global_step": step}
+            self.write_row("metrics.csv", first | self.who | row)
             for file in self.files.values():
                 file.flush()
         if self.wandb is not None:

@@ -1,7 +1,8 @@
 """The documented results on Atari, run again by ppo_atari.py, a process each.
 
     python benchmark/atari.py                       # all runs, then the report: hours
-    python benchmark/atari.py --runs pong           # Pong for 3M steps, all else at its default
+    python benchmark/atari.py --runs pong           # Pong for 3M steps, all else at its default:
+                                                    # bfloat16 where the CPU has it
     python benchmark/atari.py --runs pong-float32   # the same without bfloat16
     python benchmark/atari.py --runs bfloat16       # 1M steps, too few for the schedules
     python benchmark/atari.py --report              # the report alone, from the CSVs

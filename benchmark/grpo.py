@@ -180,7 +180,7 @@ def calls(ablations: list[str]) -> list[sweep.Call]:
 
 
 # ---------------------------------------------------------------------------------------------------------- REPORT
-def said(values: np.ndarray, form: str) -> str:
+def mean_and_interval(values: np.ndarray, form: str) -> str:
     """The mean of one number per seed, and its bootstrap 95% interval."""
     mean, low, high = scores.mean_interval(values)
     return f"{mean:{form}} ({low:{form}} to {high:{form}})"
@@ -206,18 +206,18 @@ def table(ablation: Ablation, runs: pd.DataFrame, points: pd.DataFrame) -> list[
         first = mine.iloc[0]
         line = {"": label, "flags": f"`{flags}`", "answers": f"{int(first['total_timesteps']):,}"}
         for name, of_label in found.items():
-            line[name] = said(of_label[label], ".3f")
+            line[name] = mean_and_interval(of_label[label], ".3f")
             if ablation.default:
-                difference = (
-                    of_label[label] - of_label[ablation.default]
-                )  # of one seed: the same first weights
+                # runs of one seed start from the same weights
+                difference = of_label[label] - of_label[ablation.default]
                 _, low, high = scores.mean_interval(difference)
-                shown = said(difference, "+.3f") + ", no difference seen" * bool(low <= 0 <= high)
+                shown = mean_and_interval(difference, "+.3f")
+                shown += ", no difference seen" * bool(low <= 0 <= high)
                 column = f"{name}: difference from {ablation.default}"
                 line[column] = "" if label == ablation.default else shown
         after = numbers(mine["pass@1_after"]).to_numpy()
         line["pass@1 before"] = f"{numbers(mine['pass@1_before']).mean():.3f}"
-        line["pass@1 after"] = said(after, ".3f")
+        line["pass@1 after"] = mean_and_interval(after, ".3f")
         line["worst seed"] = f"{after.min():.3f}"
         for when in ("before", "after"):
             line[f"pass@{first['k']} {when}"] = f"{numbers(mine[f'pass@k_{when}']).mean():.3f}"
@@ -242,11 +242,11 @@ Shares are means over all answers sampled in training; differences of length are
 that had both right and wrong answers; then over seeds, with bootstrap 95% intervals over seeds. Differences are between
 runs of one seed, which start from the same weights. "No difference seen" stands where the interval of the difference
 contains 0: five seeds would miss a small one, and, as a bootstrap of five is too narrow (it covers about 85%), about
-one in seven would show where there is none. pass@1 is the share of held-out questions (repeats included) whose greedy
-answer is right, pass@16 that of those to which one of 16 sampled answers is; "before" is after any warm-up. Pictures:
-means over seeds with bootstrap 95% intervals. Seconds are medians, from the start to the end of the last update, so the
-warm-up and the first evaluation are in them, the last evaluation is not; runs may have shared the machine, so they are
-no measurement of speed.
+one in seven would show where there is none. pass@1 is the share of held-out questions whose greedy answer is right (500
+questions, repeats included; in ramble four). pass@16 is the share to which at least one of 16 sampled answers is right.
+"Before" is after any warm-up. Pictures: means over seeds with bootstrap 95% intervals. Seconds are medians, from the
+start to the end of the last update, so the warm-up and the first evaluation are in them, the last evaluation is not;
+runs may have shared the machine, so they are no measurement of speed.
 """
 
 
@@ -258,7 +258,10 @@ def report() -> None:
         ablation, curves = ABLATIONS[name], points[points["ablation"] == name]
         text += f"## {ablation.title}\n\n"
         first, last = mine["seed"].iloc[[0, -1]]
-        text += f"`{f'python grpo_toy.py {ablation.flags}'.strip()}`, seeds {first} to {last}.\n\n"
+        made = f"`{f'python grpo_toy.py {ablation.flags}'.strip()}`"
+        if name == "aggregation":  # grpo_toy.py has no task ramble
+            made = f"`python benchmark/grpo.py --ablations {name}`, with `{ablation.flags}`"
+        text += f"{made}, seeds {first} to {last}.\n\n"
         text += f"{markdown(table(ablation, mine, curves))}\n![{ablation.title}]({name}.png)\n\n"
         draw(RESULTS / f"{name}.png", ablation, curves)
     (RESULTS / "summary.md").write_text(f"{text}{NOTE.strip()}\n\n{sweep.describe(runs)}\n")

@@ -672,7 +672,8 @@ def report(name: str, rows: pd.DataFrame) -> str:
     note = f"{suite.note} Medians of {rows['round'].nunique()} rounds, ratios within a round (in "
     note += "brackets the smallest and the largest); "
     if name != "process":
-        compiles = ", which contains compilation, from an empty cache" if name != "trpo" else ""
+        compiling = name not in ("trpo", "grpo")
+        compiles = ", which contains compilation, from an empty cache" if compiling else ""
         note += f"steps/s after the first update{compiles}; "
     note += "memory is the peak."
     if suite.parts and {suite.contestants[key].title for key in suite.parts} < there:

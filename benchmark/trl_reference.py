@@ -1,10 +1,10 @@
 """What TRL's GRPOTrainer makes of the same log-probabilities, masks and rewards as grpo_toy.py: advantages and losses.
 
-    pip install trl && python benchmark/trl_reference.py
+    pip install -r requirements-peers.txt && python benchmark/trl_reference.py
 
 writes tests/trl_expected.json, which the tests compare with where TRL is not installed; where it is, they ask TRL
-itself, through reference(). The trainer is a real one, on a model of a few weights; what is put in its way is only
-where numbers come from: the answers, and the log-probabilities that its model would give them.
+itself, through reference(). The trainer is a real one, on a model of a few weights. Only its inputs are replaced: the
+answers, and the log-probabilities that its model would give them.
 """
 
 import json
@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = ROOT / "tests/trl_expected.json"
 GROUPS, GROUP_SIZE, MAX_LENGTH, WORDS = 3, 4, 6, 5  # the sizes of the example
 CASES = [  # flags of grpo_toy.py; what is not named is at its default there
-    *({"loss_agg": agg, "clip_high": 0.28, "kl_coef": 0.04} for agg in ("grpo", "dr_grpo", "dapo")),
+    {"loss_agg": "grpo", "clip_high": 0.28, "kl_coef": 0.04},
+    {"loss_agg": "dr_grpo", "clip_high": 0.28, "kl_coef": 0.04},
+    {"loss_agg": "dapo", "clip_high": 0.28, "kl_coef": 0.04},
     {"ratio": "sequence-mean", "clip_low": 0.05, "clip_high": 0.1, "kl_coef": 0.04},
     {"ratio": "sequence-mean", "clip_low": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0},
     {"loss_agg": "dr_grpo", "scale_rewards": "none", "kl_coef": 0.0},
@@ -37,9 +39,8 @@ def example() -> dict:
     lengths = torch.randint(1, MAX_LENGTH + 1, (count,), generator=rng)
     lengths[:2] = torch.tensor([MAX_LENGTH, 1])
     for row, length in enumerate(lengths.tolist()):
-        tokens[row, length - 1 + (row == 0) :] = (
-            0  # the end token, and nothing after it; the first answer has none
-        )
+        end = length - 1 if row > 0 else length  # the first answer has no end token
+        tokens[row, end:] = 0  # the end token, and nothing after it
     logits = torch.randn(count, MAX_LENGTH, WORDS, generator=rng)
     moved = (logits + 0.4 * torch.randn(logits.shape, generator=rng) for _ in range(2))
     new, old, reference = (x.log_softmax(-1) for x in (logits, *moved))
@@ -99,10 +100,8 @@ def trainer(flags: dict, rewards: list[float], folder: str):
         train_dataset=Dataset.from_dict({"prompt": ["1"] * GROUPS}),
         processing_class=tokenizer,
     )
-    made.beta, made.ref_model = (
-        flags["kl_coef"],
-        torch.nn.Identity(),
-    )  # a beta above would have it download a model
+    made.beta = flags["kl_coef"]  # in GRPOConfig it would make TRL download a reference model
+    made.ref_model = torch.nn.Identity()
     made.model.train()
     made.current_gradient_accumulation_steps = 1  # else set by the training loop
     return made

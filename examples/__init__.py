@@ -1,6 +1,6 @@
 """Patches of ppo_cartpole.py, see docs/changing.md; and an environment that needs one of them.
 
-python ppo_cartpole.py --env-id examples:PositionOnlyCartPole-v1
+python ppo_recurrent.py --env-id examples:PositionOnlyCartPole-v1
 """
 
 import gymnasium as gym

@@ -87,11 +87,6 @@ def orders(args: Args, rows: int, seed: int = 0) -> torch.Tensor:
     return torch.stack(drawn).unflatten(1, (args.num_minibatches, -1))
 
 
-def alone(x: torch.Tensor) -> torch.Tensor:
-    """The sum of x over the ranks, of which there is one."""
-    return x
-
-
 def started(module, args: Args, seed: int, num_envs: int) -> Actors:
     actors = module.Actors(args, num_envs)
     actors.restart(seed)
@@ -197,7 +192,7 @@ def test_the_loss_is_equation_9_in_closed_form():
 
 
 def test_the_defaults_are_those_of_table_5():
-    """And where it is silent, of OpenAI Baselines' ppo2."""
+    """Where it is silent, of OpenAI Baselines' ppo2, except value_clip and bootstrap_truncated."""
     table_5 = {
         "total_timesteps": 10_000_000,  # 40M frames
         "num_envs": 8,
@@ -214,9 +209,9 @@ def test_the_defaults_are_those_of_table_5():
         "ent_coef": 0.01,
     }
     rest = {"norm_adv": "minibatch", "max_grad_norm": 0.5}  # ppo2
-    rest |= {"value_clip": None, "target_kl": None, "bootstrap_truncated": True}
+    rest |= {"value_clip": None, "bootstrap_truncated": True}  # not as in ppo2
     # what neither has is off
-    rest |= {"sticky_actions": 0.0, "full_action_space": False}
+    rest |= {"target_kl": None, "sticky_actions": 0.0, "full_action_space": False}
     expected = table_5 | rest
     assert {name: getattr(Args(), name) for name in expected} == expected
 
@@ -239,12 +234,12 @@ def check_standardise(module: ModuleType) -> None:
     """As torch's mean() and std() of the valid entries, alone and where two ranks share them."""
     torch.manual_seed(0)
     x, valid = 3 + 5 * torch.randn(2, 3, 8), (torch.rand(2, 3, 8) > 0.3).float()
-    results = module.standardise(x, valid, alone)
+    results = module.standardise(x, valid)
     for got, row, used in zip(*(t.flatten(0, 1) for t in (results, x, valid > 0)), strict=True):
         expected = (row - row[used].mean()) / row[used].std()  # n - 1
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    nothing = module.standardise(x, torch.zeros_like(valid), alone)
-    one = module.standardise(x, torch.zeros_like(valid).index_fill_(-1, torch.tensor(2), 1), alone)
+    nothing = module.standardise(x, torch.zeros_like(valid))
+    one = module.standardise(x, torch.zeros_like(valid).index_fill_(-1, torch.tensor(2), 1))
     assert nothing.isfinite().all() and not one[..., 2].any()
 
 
@@ -260,6 +255,50 @@ def updated(module, batch: dict, args: Args, objective: str, seed: int = 0) -> t
     order = orders(args, len(batch["valid"]))
     metrics = module.update(agent, optimizer, batch, order, parsed, parsed.beta, args)
     return metrics, torch.nn.utils.parameters_to_vector(agent.parameters()).detach(), agent
+
+
+def check_an_update_is_a_loop_over_its_minibatches(module: ModuleType) -> None:
+    """Against autograd over the transitions of each minibatch, written plainly."""
+    for norm_adv in ("batch", "minibatch", "none"):
+        args = small(norm_adv=norm_adv, max_grad_norm=0.1, ent_coef=0.02, vf_coef=0.7)
+        batch, order = recorded(), orders(args, 32)
+        valid, advantages, history = batch["valid"] > 0, batch["advantages"], []
+        torch.manual_seed(0)
+        ours, plain = module.Agent(4), module.Agent(4)
+        plain.load_state_dict(ours.state_dict())
+        before = torch.nn.utils.parameters_to_vector(plain.parameters()).detach().clone()
+        objective = module.parse_objective("clip:0.1")
+        optimizer = torch.optim.SGD(ours.parameters(), lr=1.0)
+        metrics = module.update(ours, optimizer, batch, order, objective, 0.0, args)
+        if norm_adv == "batch":
+            used = advantages[valid]
+            advantages = (advantages - used.mean()) / (used.std() + 1e-8)
+        optimizer = torch.optim.SGD(plain.parameters(), lr=1.0)
+        for rows in order.flatten(0, 1):
+            rows = rows[valid[rows]]
+            a = advantages[rows]
+            if norm_adv == "minibatch":
+                a = (a - a.mean()) / (a.std() + 1e-8)
+            log_probs, values = plain(batch["obs"][rows])
+            log_prob = log_probs.gather(-1, batch["actions"][rows].unsqueeze(-1)).squeeze(-1)
+            ratio = (log_prob - batch["log_prob"][rows]).exp()
+            policy_loss = -torch.min(ratio * a, ratio.clamp(0.9, 1.1) * a).mean()
+            value_loss = (values - batch["returns"][rows]).square().mean()
+            entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+            optimizer.zero_grad()
+            (policy_loss + 0.7 * value_loss - 0.02 * entropy).backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+            optimizer.step()
+            history.append([policy_loss.item(), value_loss.item(), entropy.item()])
+        after = torch.nn.utils.parameters_to_vector(plain.parameters()).detach()
+        difference = torch.nn.utils.parameters_to_vector(ours.parameters()).detach() - after
+        assert difference.norm() < 1e-3 * (after - before).norm()
+        got = [metrics[name] for name in ("policy_loss", "value_loss", "entropy")]
+        assert got == pytest.approx(np.mean(history, 0).tolist(), rel=1e-3, abs=1e-5)
+
+
+def test_an_update_is_a_loop_over_its_minibatches():
+    check_an_update_is_a_loop_over_its_minibatches(ppo)
 
 
 def small(**flags) -> Args:
@@ -489,6 +528,27 @@ def test_the_flags_of_the_console_reach_it():
         assert (config.frame_skip, config.stack_num, config.noop_max) == (4, 4, 30)
         assert config.max_episode_steps == 27_000
         assert config.episodic_life and config.reward_clip and config.gray_scale
+        assert config.use_fire_reset
+
+
+def test_a_run_begins_with_the_network_that_its_flags_name():
+    for precision, full, actions in (("float32", False, 4), ("bfloat16", True, 18)):
+        flags = {"precision": precision, "full_action_space": full}
+        _, parts = ppo.begin(Args(env_id="Breakout-v5", seed=3, **flags), None)
+        ppo.seed_globals(ppo.stream(3, "weights"))
+        expected, ours = Agent(actions).state_dict(), parts["agent"].state_dict()
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+        assert parts["agent"].bfloat16 == (precision == "bfloat16")
+
+
+def test_weights_are_orthogonal_and_biases_zero():
+    """Detail 2. No layer has more outputs than inputs, so the rows are orthogonal."""
+    agent = Agent(4)
+    layers = [(agent.trunk[i], 2**0.5) for i in (0, 2, 4, 7)]
+    for layer, gain in [*layers, (agent.actor, 0.01), (agent.critic, 1.0)]:
+        rows = layer.weight.detach().flatten(1) / gain
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), rtol=0, atol=1e-4)
+        assert not layer.bias.any()
 
 
 class Lights:
@@ -616,7 +676,7 @@ torch.manual_seed(0)
 agent = ppo.Agent(4)
 own = torch.arange(rank * 4, rank * 4 + 4)  # of 8 actors, in each of the rows [T, N]
 batch = {name: x.unflatten(0, (-1, 8))[:, own].flatten(0, 1) for name, x in batch.items()}
-standardised = ppo.standardise(batch["advantages"], batch["valid"], ppo.all_reduce)
+standardised = ppo.standardise(batch["advantages"], batch["valid"])
 optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
 objective = ppo.parse_objective("clip:0.1")
 metrics = ppo.update(agent, optimizer, batch, orders[rank], objective, 0.0, args)
@@ -819,6 +879,25 @@ def test_a_run_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(
         assert ours[name] == theirs[name], name
 
 
+def test_what_was_learned_before_an_error_of_the_environment_is_saved(lights, monkeypatch):
+    """It stops in its third rollout. No checkpoint is due until then."""
+    real, calls = ppo.collect, iter(range(1, 100))
+
+    def collect(*args):
+        if next(calls) == 3:
+            raise OSError("the host is gone")
+        return real(*args)
+
+    monkeypatch.setattr(ppo, "collect", collect)
+    lights.checkpoint_every = 4
+    with pytest.raises(RuntimeError, match=r"update 3: OSError: the host is gone; .* is saved"):
+        ppo.train(lights)
+    saved = ppo.load_checkpoint(Path(lights.run_dir) / "checkpoint.pt")
+    assert saved["state"]["updates"] == 2
+    _, summary = ppo.train(Args(resume=lights.run_dir))
+    assert summary["total_timesteps"] == lights.num_updates * lights.batch_size
+
+
 def test_a_run_that_is_no_longer_finite_stops_with_code_3(main, monkeypatch, tmp_path):
     real = ppo.total_loss
     monkeypatch.setattr(ppo, "total_loss", lambda *args: real(*args) * math.nan)
@@ -842,6 +921,14 @@ def test_evaluation_is_repeatable_and_captures_the_screen(finished, main, tmp_pa
     assert [video.name for video in videos] == ["game-0.mp4", "game-1.mp4"]
     for video in videos:
         assert video.read_bytes()[4:8] == b"ftyp" and video.stat().st_size > 3000
+
+
+def test_an_evaluation_takes_the_first_game_of_each_console(lights, monkeypatch):
+    ended = iter([[(0, 1.0, 5)], [(0, 9.0, 5)], [(1, 2.0, 9)]])
+    real = Actors.step
+    monkeypatch.setattr(Actors, "step", lambda *given: (*real(*given)[:3], next(ended)))
+    lights.eval_episodes = 2
+    assert ppo.evaluate(Agent(3), lights, Path()) == [1.0, 2.0]
 
 
 def test_a_saved_policy_is_a_function_of_what_envpool_gives(finished):
@@ -1054,7 +1141,19 @@ def test_what_tyro_does_not_understand_it_says_itself(command, complaint, main, 
 
 def test_one_epoch_and_one_minibatch_are_enough_for_the_policy_gradient():
     flags = {"objective": "pg", "update_epochs": 1, "num_minibatches": 1}
-    assert check_args(Args(**flags)).precision in ("bfloat16", "float32")
+    assert check_args(Args(**flags)).num_minibatches == 1
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_auto_is_bfloat16_where_the_cpu_has_it(native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert check_args(Args()).precision == ("bfloat16" if native else "float32")
+
+
+def test_a_default_run_has_a_checkpoint_every_thousand_updates():
+    args = Args()
+    ppo.space_checkpoints(args)
+    assert args.checkpoint_every == 1000
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from conftest import TINY
 
 import ppo_cartpole as ppo
+import ppo_continuous
 
 
 def tree(folder: Path) -> dict:
@@ -144,6 +145,14 @@ def bare(monkeypatch):
 def test_a_bad_flag_is_one_line(command, bare, main, tmp_path):
     is_one_line(main(*command.split(" ")), LINES[command])
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("module", [ppo, ppo_continuous])
+def test_films_need_moviepy(module, monkeypatch):
+    """Said before the training: Gymnasium would ask for it after it."""
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    with pytest.raises(module.UserError, match="--capture-video needs moviepy"):
+        module.check_args(module.Args(capture_video=True))
 
 
 @pytest.mark.parametrize("command", BOXES)

@@ -264,6 +264,7 @@ def test_a_run_begins_with_adam_two_streams_and_the_agent_of_its_flags():
     _, parts = ppo.begin(args, ppo.Actors(args, 1), None)
     checks.check_parts(ppo, parts, 3)
     assert parts["agent"].obs_clip == 3.0 and parts["agent"].log_std.tolist() == [0.5]
+    assert ppo.Agent(3, 2, 10.0, log_std=-1).log_std.tolist() == [-1.0, -1.0]  # a whole number
 
 
 @pytest.mark.parametrize(("objective", "anneal_lr"), checks.SCHEDULES)

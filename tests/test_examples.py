@@ -21,6 +21,7 @@ import torch
 from conftest import TINY, rounding
 from torch.distributions import Categorical, kl_divergence
 
+import ppo_atari
 import ppo_cartpole
 from benchmark import recurrent, sweep
 from benchmark.sweep import read
@@ -630,4 +631,5 @@ def test_the_page_names_what_there_is():
             assert (ROOT / "docs" / link).exists(), link
     assert {Path(link).stem for link in links if link.endswith(".patch")} == set(LIMITS)
     for name in re.findall(r"`([a-z_]+)`", PAGE.partition("## Examples")[0]):
-        assert hasattr(ppo_cartpole, name) or name == "returns", name
+        in_a_script = hasattr(ppo_cartpole, name) or hasattr(ppo_atari, name)
+        assert in_a_script or name == "returns", name

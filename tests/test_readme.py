@@ -28,6 +28,7 @@ from benchmark import (
     grpo,
     humanoid,
     lockstep,
+    number,
     ratchet,
     read_csv,
     readme,
@@ -324,6 +325,38 @@ def test_no_document_lacks_its_blocks_and_none_has_unknown_ones():
     for name, text in DOCS.items():
         begun = re.findall(r"<!-- begin ([\w-]+) -->", text)
         assert sorted(begun) == sorted(readme.BLOCKS.get(name, {}))
+
+
+NUMBER = re.compile(r"(?<![\w.,-])-?\d{1,3}(?:,\d{3})*(?:\.\d+)?(?![\w,.]*\d)")
+FIGURE3 = re.search(r"<!-- end figure3 -->(.*?)^#", DOCS["benchmark/README.md"], re.S | re.M)[1]
+TOLD = {  # sentences with numbers in them -> the results that they tell of
+    "Figure 3": (FIGURE3, ["figure3"]),
+    "the double pendulum": (
+        DOCS["docs/double-pendulum.md"],
+        ["collapse/InvertedDoublePendulum-v4", "table1", "time-limits", "defaults", "figure3"],
+    ),
+    "HalfCheetah": (
+        DOCS["docs/halfcheetah.md"],
+        ["collapse/HalfCheetah-v4", "table1", "time-limits"],
+    ),
+}
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_the_numbers_of_the_sentences_stand_in_the_results(told):
+    """Those of three digits or more, zeros at the end not counted: round ones are thresholds."""
+    text, folders = TOLD[told]
+    known = set()
+    for folder in folders:
+        if (RESULTS / folder / "summary.md").exists():
+            known |= set(NUMBER.findall((RESULTS / folder / "summary.md").read_text()))
+        if (RESULTS / folder / "runs.csv").exists():
+            runs = read_csv(RESULTS / folder / "runs.csv")
+            known |= {number(float(run["last_100_return"])) for run in runs}
+    text = re.sub(r"<!-- begin .*?<!-- end|```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.S)
+    numbers = [x for x in NUMBER.findall(text) if len(re.sub(r"\D", "", x).strip("0")) >= 3]
+    assert len(numbers) >= 3
+    assert [x for x in numbers if x not in known] == []
 
 
 def test_the_core_details_stand_where_the_table_says():

@@ -130,7 +130,7 @@ def filter_of(stats: ppo.RunningStats) -> tuple[np.ndarray, np.ndarray]:
 
 def batched_policy(layers: list[np.ndarray], mean, std, obs_clip: float) -> Callable:
     """The policies of N candidates, in NumPy: obs [N, D] -> actions [N, U], a row for each."""
-    play = ppo.numpy_policy(layers, mean, std, obs_clip, spread=0.0)
+    play = ppo.numpy_policy(layers, mean, std, obs_clip, action_std=0.0)
     return lambda obs: play(obs[:, np.newaxis], noise=0.0)[:, 0]
 
 
@@ -220,7 +220,8 @@ def train(args: Args) -> tuple[Agent, dict]:
         state = saved["state"]
         ppo.restore(parts, saved)
     run = baselines.Run(args, saved)
-    run.warm = run.started, state["updates"]  # SPS counts from the start, since nothing compiles
+    # SPS counts from the start, since nothing compiles
+    run.warm_time, run.warm_step = run.started, state["updates"]
 
     with contextlib.closing(actors), contextlib.closing(run):
         while state["updates"] < args.total_timesteps:
