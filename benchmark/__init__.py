@@ -85,6 +85,11 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}"
 
 
+def two_figures(x: float) -> str:
+    """A KL, as tables show it: two significant digits, above 100 whole numbers."""
+    return f"{x:.2g}" if abs(x) < 99.5 else f"{x:,.0f}"
+
+
 def git_commit() -> str:
     """Of this repository, with -dirty where a .py has changes; empty where there is no git."""
     root = Path(__file__).resolve().parents[1]

@@ -28,7 +28,19 @@ import pandas as pd
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import Parser, UserError, cli, grids, markdown, number, plot, positive, scores, sweep
+from benchmark import (
+    Parser,
+    UserError,
+    cli,
+    grids,
+    markdown,
+    number,
+    plot,
+    positive,
+    scores,
+    sweep,
+    two_figures,
+)
 from benchmark.grids import TASKS
 from benchmark.sweep import PACKAGES, ROOT, Call, Layout
 
@@ -327,10 +339,11 @@ def tell_returns(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
         table.append(row)
     return f"""## Returns
 
-The return of the last 100 episodes, the mean over {len(grid.seeds)} seeds and its 95% interval \
-by Student's t; below it the end of the
-paper's curve (-v1). The paper has one curve of TRPO, probably with sigma frozen: it stands at \
-`trpo-frozen` alone.
+The return of the last 100 episodes: the mean of {len(grid.seeds)} runs, or of n where a cell \
+says so, and its 95% interval by
+Student's t; below it the end of the paper's curve (-v1). The paper has one curve of TRPO, \
+probably with sigma frozen: it
+stands at `trpo-frozen` alone.
 
 {markdown(table)}
 ![Learning curves](curves.png)
@@ -433,7 +446,9 @@ Apart: ours minus theirs, in percent of the distance between the paper's best an
 on that task. Then:
 whether our interval holds their end there, and on how many of all tasks it does. TRPO with a \
 learned sigma is compared
-with OpenAI's code of 2018 (-v2, networks of 32-32).
+with OpenAI's code of 2018 (-v2, networks of 32-32). Our interval is that of our mean alone. \
+Theirs is a mean of few seeds,
+too: the more seeds we have, the more often our interval misses it although nothing differs.
 
 {markdown(table)}
 """
@@ -509,7 +524,7 @@ Ours: means of the last 100 episodes of training. The paper's: the ends of its c
 """
 
 
-def tell_generations(runs: pd.DataFrame, grid: Grid) -> str:
+def tell_generations(runs: pd.DataFrame) -> str:
     table = []
     mine = runs[runs["algorithm"] == "cem"]
     for task, rows in mine.groupby("env_id", sort=False):
@@ -538,7 +553,7 @@ def tell_updates(runs: pd.DataFrame, grid: Grid) -> str:
             mine = runs[(runs["algorithm"] == name) & (runs["env_id"] == task)]
             kls = sweep.numbers(mine["kl_median"])
             largest = sweep.numbers(mine["kl_max"]).max()
-            row[task] = f"{kls.median():.2g} ({largest:.2g})" if len(kls) else ""
+            row[task] = f"{two_figures(kls.median())} ({two_figures(largest)})" if len(kls) else ""
         table.append(row)
     if not table:
         return ""
@@ -569,7 +584,7 @@ def tell_origin(runs: pd.DataFrame, ppo_folder: Path) -> str:
     text += "".join(f"    {command}\n" for command in dict.fromkeys(commands))
     hours = sweep.numbers(runs["wall_seconds"]).sum() / 3600
     text += f"\nThese runs trained for {hours:.2f} hours in all, "
-    text += f"{sweep.on_the_clock(runs) / 3600:.2f} on the clock where none was interrupted. "
+    text += f"{sweep.on_the_clock(runs) / 3600:.2f} on the clock, if none was interrupted. "
     names = ("started", "python", *PACKAGES, "git_commit", "cpu", "cores")
     return text + sweep.listed(runs, names) + f". PPO's runs are in {ppo_folder.name}/.\n"
 
@@ -636,7 +651,7 @@ def report(folder: Path, ppo_folder: Path, asked: Grid) -> None:
     text += tell_disagreements(returns, grid, ends)
     text += tell_experiments(returns, grid, ends)
     text += tell_others(returns, grid, ends)
-    text += tell_generations(runs, grid)
+    text += tell_generations(runs)
     text += tell_updates(runs, grid)
     text += tell_origin(runs, ppo_folder)
     draw(folder, pd.concat([ppo.curves, table.curves]), grid)

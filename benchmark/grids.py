@@ -8,6 +8,7 @@ script and the crowd with words of their text replaced, for what no flag can cha
 """
 
 import datetime
+import functools
 import itertools
 import json
 import re
@@ -34,7 +35,7 @@ TASKS = [f"{name}-v4" for name in NAMES.split()]  # the nearest there is to the 
 PAPER = pd.read_csv(ROOT / "benchmark/paper/table1.csv", index_col="objective")  # its Table 1
 OBJECTIVES = list(PAPER.index)
 ORDER = {"env_id": TASKS, "objective": OBJECTIVES}  # the paper's order; other names follow
-TOGETHER = 44  # agents in one process, at most: so a call takes about an hour
+TOGETHER = 44  # agents in one process, at most: such a call takes half an hour to three hours
 EPISODES = 100  # of each untrained policy
 POLICIES = ["uniform", "gaussian"]
 
@@ -71,10 +72,15 @@ def with_version(task: str) -> str:
     return task if "-v" in task else f"{task}-v4"
 
 
+@functools.cache
+def digitised_curves() -> dict:
+    """The curves of Figure 3: task, algorithm, "line" -> points [steps, return]."""
+    return json.loads((ROOT / "benchmark/paper/figure3_mujoco_curves.json").read_text())
+
+
 def paper_curve(task: str, algorithm: str = "PPO(Clip)") -> list[tuple[np.ndarray, np.ndarray]]:
     """A curve of Figure 3: steps and returns, as plot.Groups has them; [] where it has none."""
-    figure3 = json.loads((ROOT / "benchmark/paper/figure3_mujoco_curves.json").read_text())
-    points = figure3.get(task.replace("-v4", "-v1"), {}).get(algorithm, {}).get("line")
+    points = digitised_curves().get(task.replace("-v4", "-v1"), {}).get(algorithm, {}).get("line")
     return [tuple(np.array(points).T)] if points else []
 
 

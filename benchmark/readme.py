@@ -179,7 +179,7 @@ RERUN = {  # folder of results -> what it holds, the commands for all of it
         ["table1.py --results mine/table1"],
     ),
     "table1-bootstrapped": (
-        "[Table 1, time limits bootstrapped](#the-papers-table-1)",
+        "[Table 1, time limits bootstrapped](#with-time-limits-bootstrapped-three-seeds)",
         ["table1.py --seeds 1 2 3 --results mine/bootstrapped -- --bootstrap-truncated"],
     ),
     "table1-modern": (

@@ -600,11 +600,14 @@ class Table:
 
 # ---------------------------------------------------------------------------------------- ORIGIN
 def listed(runs: pd.DataFrame, names: Iterable[str]) -> str:
-    """The different cells of these columns, of `started` the days."""
+    """The different cells of these columns, of `started` the days.
+
+    The commits of a run that went on at another one are in one cell: "A and B".
+    """
     parts = []
     for name in names:
         cells = runs[name].replace("", "unknown")
-        cells = cells.str[:10] if name == "started" else cells
+        cells = cells.str[:10] if name == "started" else cells.str.split(" and ").explode()
         parts.append(f"{name.replace('_', ' ')} {' and '.join(sorted(set(cells)))}")
     return "; ".join(parts)
 
@@ -633,7 +636,7 @@ def origin(runs: pd.DataFrame) -> str:
     text += "".join(f"    {command}\n" for command in runs["command"].unique())
     hours = calls["wall_seconds"].astype(float).sum() / 3600
     text += f"\nThese commands trained for {hours:.2f} hours in all, "
-    text += f"{on_the_clock(calls) / 3600:.2f} on the clock where none was interrupted. "
+    text += f"{on_the_clock(calls) / 3600:.2f} on the clock, if none was interrupted. "
     names = ("started", "total_timesteps", "python", *PACKAGES, "git_commit", "cpu", "cores")
     text += listed(runs, names) + ".\n"
     return text

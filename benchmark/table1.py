@@ -31,7 +31,8 @@ pictures. A clone holds the committed ones, so nothing is missing there: to run 
 folder of your own, --results mine.
 
 When all 770 runs are in, `--report --freeze-scale` writes scale.csv, once. The other tables are on
-that scale too, so report them all again: table1-bootstrapped, time-limits, --preset modern.
+that scale too. So report them again: the two commands above and --preset modern, each with
+--report; then figure3.py --report, which reads PPO's runs here, and readme.py.
 """
 
 import itertools
@@ -58,6 +59,7 @@ from benchmark import (
     positive,
     scores,
     sweep,
+    two_figures,
 )
 from benchmark.grids import LAYOUT, PAPER, TASKS, Grid
 
@@ -79,6 +81,7 @@ KINDS = ("clip", "adaptive", "kl")  # of objectives: columns of the pictures
 PLANNED = "clip:0.2"  # the objective that is tested against all others
 PLANNED_FLAGS = grids.common_flags("paper", 1_000_000, [])  # of the runs in PLAN
 SCALE = ROOT / "benchmark/results/table1/scale.csv"  # 0 and 1 of the table with ten seeds
+SCALE_LINK = "[scale.csv](../table1/scale.csv)"  # from any folder of results
 BOOTSTRAPPED = ROOT / "benchmark/results/table1-bootstrapped"  # all tasks, three seeds
 TIME_LIMITS = ROOT / "benchmark/results/time-limits"  # two tasks, ten seeds
 
@@ -115,23 +118,27 @@ def raw_returns(runs: pd.DataFrame, grid: Grid) -> np.ndarray:
 
 def with_interval(estimate: float, draws: np.ndarray) -> str:
     low, high = scores.interval(draws)
-    return f"{estimate:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{estimate:z.2f} [{low:z.2f}, {high:z.2f}]"
 
 
 class Estimates(NamedTuple):
-    """Of O objectives: the estimates [O], and what they are in every resample [times, O]."""
+    """Average scores of O objectives: measured [O], and in every resample [times, O]."""
 
-    of: np.ndarray
+    measured: np.ndarray
     draws: np.ndarray
 
-    def told(self, i: int) -> str:
-        return with_interval(self.of[i], self.draws[:, i])
+    def text(self, i: int) -> str:
+        return with_interval(self.measured[i], self.draws[:, i])
 
 
-def estimate(raw: np.ndarray, zero: np.ndarray, one: np.ndarray, average=scores.means) -> Estimates:
-    """raw [K, O, S], zero [K] and one [K] of every task -> the average score of each objective."""
-    normalised = scores.normalise(raw, zero, one)
-    return Estimates(average(normalised), average(scores.resample(normalised)))
+def estimate(
+    raw: np.ndarray, resampled: np.ndarray, scale: tuple, average=scores.means
+) -> Estimates:
+    """raw [K, O, S], its resamples [times, K, O, S] -> the average score of each objective.
+
+    scale: zero [K] and one [K] of every task.
+    """
+    return Estimates(*(average(scores.normalise(x, *scale)) for x in (raw, resampled)))
 
 
 def two_digits(score: float) -> str:
@@ -145,30 +152,39 @@ def tell_scores(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
     runs: by cell. Draws scores.png, and writes the first of the text as scores.md too.
     """
     raw = raw_returns(runs, grid)
+    resampled = scores.resample(raw)
     zeros = {}
     for policy in ("gaussian", "uniform"):
         zeros[policy] = grids.random_returns(folder / "random.csv", grid.tasks, policy)
     readings = {}
     for name, (zero, one) in READINGS.items():
-        readings[name] = estimate(raw, zeros[zero], scores.best_returns(raw, one))
-    own = zeros["gaussian"], scores.best_returns(raw, "run")  # the scale of HEADLINE
-    mean, middle = readings[HEADLINE], estimate(raw, *own, scores.interquartile_means)
+        scale = zeros[zero], scores.best_returns(raw, one)
+        readings[name] = estimate(raw, resampled, scale)
+    own_scale = zeros["gaussian"], scores.best_returns(raw, "run")  # of HEADLINE
+    mean = readings[HEADLINE]
+    middle = estimate(raw, resampled, own_scale, scores.interquartile_means)
     theirs = PAPER["avg_normalized_score"].reindex(grid.objectives)
     draw_scores(folder / "scores.png", theirs, mean, middle)
     text = tell_headline(runs, grid, theirs, mean, middle)
     (folder / "scores.md").write_text(text)
     explained = ""
     scale = frozen_scale(grid.tasks)
-    if scale is not None and not np.allclose(scale, own):  # a table of other runs
-        readings["frozen scale"] = estimate(raw, *scale)
-        explained = "\nFrozen scale: 0 and 1 are those of the table with ten seeds, scale.csv.\n"
+    if scale is not None and not np.allclose(scale, own_scale):  # a table of other runs
+        readings["frozen scale"] = estimate(raw, resampled, scale)
+        explained = "\nFrozen scale: 0 and 1 are those of the table with ten seeds, "
+        explained += f"{SCALE_LINK}.\n"
+    if grid.objectives == OBJECTIVES["paper"]:
+        explained += "\nThe intervals of the correlations are those of our runs alone: the paper's "
+        explained += "scores count as exact.\n"
     return f"""## Scores
 
 {text}
 ![Scores with intervals](scores.png)
 
-The paper gives the returns neither of its random policy nor of its best result. The mean, in all \
-readings:
+The axis is cut between `none` and the others, where both are there.
+
+The paper gives the returns neither of its random policy nor of its best result. The mean score, \
+for each choice of 0 and 1:
 
 {markdown(readings_table(readings, grid.objectives, theirs))}{explained}
 What is 0 and what is 1 in them:
@@ -185,15 +201,16 @@ def tell_headline(
     table = []
     for i, objective in enumerate(objectives):
         row = {"objective": f"`{objective}`", "the paper": two_digits(theirs[objective])}
-        row |= {"ours: mean [95%]": mean.told(i), "interquartile mean [95%]": middle.told(i)}
+        row |= {"ours: mean [95%]": mean.text(i), "interquartile mean [95%]": middle.text(i)}
         table.append(row)
-    best = mean.of.argmax()
-    worst, next_worst = mean.of.argsort()[:2]
+    best = mean.measured.argmax()
+    worst, next_worst = mean.measured.argsort()[:2]
     at_least_behind = scores.interval(draws[:, [best]] - draws)[0]
-    near = [f"`{o}`" for i, o in enumerate(objectives) if i != best and at_least_behind[i] <= 0]
-    apart = mean.of[next_worst] - mean.of[worst]
-    gap = with_interval(apart, draws[:, next_worst] - draws[:, worst])
-    narrow = 1 - math.sqrt(1 - 1 / len(grid.seeds))  # the deviation of resamples, by n for n - 1
+    close = [f"`{o}`" for i, o in enumerate(objectives) if i != best and at_least_behind[i] <= 0]
+    difference = mean.measured[next_worst] - mean.measured[worst]
+    gap = with_interval(difference, draws[:, next_worst] - draws[:, worst])
+    # the deviation of resamples divides by n, not n - 1
+    too_narrow = 1 - math.sqrt(1 - 1 / len(grid.seeds))
     frozen = runs.loc[grid.cells].query("diverged_at != ''").groupby("objective").size()
     stopped = ""
     if len(frozen):
@@ -204,13 +221,13 @@ def tell_headline(
 The return of the last 100 episodes, in each task 0 for the untrained Gaussian policy and 1 for \
 the best single run,
 averaged over {len(grid.tasks)} tasks x {len(grid.seeds)} seeds. \
-Bootstrap 95% intervals, stratified by task, with 0 and 1 of each task as
-measured; with {len(grid.seeds)} seeds they are about {narrow:.0%} too narrow, more where one run \
-is far off. The paper states none.
+Bootstrap 95% intervals, stratified by task; 0 and 1 stay fixed
+in the resamples. With {len(grid.seeds)} seeds they are about {too_narrow:.0%} too narrow, more \
+where one run is far off. The paper gives no intervals.
 
 Highest is `{objectives[best]}`, in {(draws.argmax(1) == best).mean():.0%} of the resamples. The \
 interval of the difference from it holds 0 for:
-{", ".join(near) or "none"}. Lowest is `{objectives[worst]}`, in \
+{", ".join(close) or "none"}. Lowest is `{objectives[worst]}`, in \
 {(draws.argmin(1) == worst).mean():.0%} of the resamples; the next one is higher by {gap}.
 {stopped}"""
 
@@ -222,7 +239,7 @@ def readings_table(
     table = []
     for i, objective in enumerate(objectives):
         row = {"objective": f"`{objective}`", "the paper": two_digits(theirs[objective])}
-        table.append(row | {name: f"{mean.of[i]:.2f}" for name, mean in readings.items()})
+        table.append(row | {name: f"{mean.measured[i]:z.2f}" for name, mean in readings.items()})
     if objectives != OBJECTIVES["paper"]:
         return table
     everything = [True] * len(objectives)
@@ -231,7 +248,7 @@ def readings_table(
         row = {"objective": f"Spearman correlation with the paper{what} [95%]", "the paper": ""}
         for name, mean in readings.items():
             draws = scores.spearman(mean.draws[:, kept], theirs[kept])
-            row[name] = with_interval(scores.spearman(mean.of[kept], theirs[kept]), draws)
+            row[name] = with_interval(scores.spearman(mean.measured[kept], theirs[kept]), draws)
         table.append(row)
     return table
 
@@ -299,7 +316,7 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> s
     when: a key of WHEN. Draws profile.png.
     """
     raw, objectives = raw_returns(runs, grid), grid.objectives
-    scale, which = frozen_scale(grid.tasks), "the frozen scale, scale.csv"
+    scale, which = frozen_scale(grid.tasks), f"the frozen scale, {SCALE_LINK}"
     if scale is None:
         zero = grids.random_returns(folder / "random.csv", grid.tasks, "gaussian")
         scale, which = (zero, scores.best_returns(raw, "run")), "the scale of this table"
@@ -314,39 +331,42 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> s
         tested = {"p": p, "p, Holm": scores.holm(p)}
     rows, counts = [], []
     for place, i in enumerate(others):
-        theirs = normalised[:, i]
+        other = normalised[:, i]
         draws = resampled[:, :, ours].mean((1, 2)) - resampled[:, :, i].mean((1, 2))
         better = scores.improvement(resampled[:1000, :, ours], resampled[:1000, :, i])
         row = {
             "against": f"`{objectives[i]}`",
-            "difference [95%, each alone]": with_interval(mine.mean() - theirs.mean(), draws),
+            "difference [95%, each alone]": with_interval(mine.mean() - other.mean(), draws),
         }
-        improvement = with_interval(scores.improvement(mine, theirs), better)
+        improvement = with_interval(scores.improvement(mine, other), better)
         row["probability of improvement [95%]"] = improvement
-        row |= {name: small(p[place]) for name, p in tested.items()}
+        row |= {name: p_text(p[place]) for name, p in tested.items()}
         levels = (0.05, 0.05 / len(others))
-        smallest = [scores.detectable(mine, theirs, level) for level in levels]
+        smallest = [scores.detectable(mine, other, level) for level in levels]
         row["smallest detectable difference"] = " / ".join(f"{x:.2f}" for x in smallest)
-        apart = PAPER["avg_normalized_score"].get(objectives[i], math.nan)
-        apart = abs(PAPER["avg_normalized_score"][PLANNED] - apart)
+        paper = PAPER["avg_normalized_score"]
+        paper_difference = abs(paper[PLANNED] - paper.get(objectives[i], math.nan))
         row["the paper's difference"] = row["seeds to detect that"] = ""
-        if apart > 0:
-            needed = [scores.seeds_to_detect(mine, theirs, apart, level) for level in levels]
-            row["the paper's difference"] = f"{apart:.2f}"
-            row["seeds to detect that"] = " / ".join(map(told, needed))
+        if paper_difference > 0:
+            needed = [
+                scores.seeds_to_detect(mine, other, paper_difference, level) for level in levels
+            ]
+            row["the paper's difference"] = f"{paper_difference:.2f}"
+            row["seeds to detect that"] = " / ".join(map(seeds_text, needed))
             counts.append(needed[1])
         rows.append(row)
     power = ""
     if counts:
         enough = sum(n <= len(grid.seeds) for n in counts)
         power = f"With {len(grid.seeds)} seeds, {enough} of {len(counts)} differences as large as "
-        power += "the paper's can be detected after Holm's correction; for all it takes "
-        power += f"{told(max(counts))}.\n"
+        power += "the paper's can be detected at the stricter level with a power of 80%; "
+        power += f"to detect all of them takes {seeds_text(max(counts))} seeds.\n"
     correlation = scores.seed_correlation(normalised)
     paired = ""
     if not math.isnan(correlation):
-        paired = "Runs of one seed start alike. Still, the scores of two objectives with one seed "
-        paired += f"correlate by {correlation:.2f} on average.\n"
+        paired = "Runs of one seed start alike: the scores of two objectives with one seed "
+        paired += f"correlate by {correlation:.2f} on average. Intervals and tests "
+        paired += "treat them as independent.\n"
     draw_profiles(folder / "profile.png", normalised, objectives)
     return f"""## `{PLANNED}` against the others
 
@@ -370,26 +390,27 @@ The share of runs, of all tasks, above a score.
 
 
 TEST = """The p values are of a permutation test, \
-stratified by task. It tests
-that nothing differs in any task. Holm's correction is for all tests of this table, an interval is \
-for one: so an interval
-may be without 0 where the corrected p is large."""
+stratified by task. Its
+null hypothesis: there is no difference in any task. Holm's correction is for all tests of this \
+table, an interval is for
+one: so an interval can exclude 0 although the corrected p is large."""
 WHEN = {  # what a table of contrasts is
-    "planned": f"""{TEST} These tests were named when 99 of the 770 runs were in (HalfCheetah, \
-Hopper and
-InvertedPendulum, three seeds), and the 231 of table1-bootstrapped; everything else here is \
+    "planned": f"""{TEST} We chose these tests when 99 of the 770 runs were in (three seeds of \
+HalfCheetah,
+Hopper and InvertedPendulum; the last 33 were run again later), and the 231 of \
+table1-bootstrapped. Everything else here is
 exploratory.""",
     "before": "The tests wait until all runs of the plan are in and the scale is frozen.",
-    "after": f"{TEST} They were thought of after the runs: take them as exploratory.",
+    "after": f"{TEST} We chose these tests after the runs, so they are exploratory.",
 }
 
 
-def told(seeds: int) -> str:
+def seeds_text(seeds: int) -> str:
     """A number of scores.seeds_to_detect(), which looks no further than a million."""
     return f"{seeds:,}" if seeds < 1_000_000 else "a million or more"
 
 
-def small(p: float) -> str:
+def p_text(p: float) -> str:
     return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
 
 
@@ -486,7 +507,7 @@ def count(what: str, groups: plot.Groups, holds) -> dict[str, str]:
         found = [holds(curve) for curve in groups.get(name, [])]
         row[name] = f"{sum(found)} of {len(found)}"
         table.append([sum(found), len(found) - sum(found)])
-    row["p"] = small(stats.fisher_exact(table).pvalue) if min(map(sum, table)) else ""
+    row["p"] = p_text(stats.fisher_exact(table).pvalue) if min(map(sum, table)) else ""
     return row
 
 
@@ -523,7 +544,7 @@ def tell_time_limits(table: sweep.Table, grid: Grid) -> str:
         count(f"{pendulum} climbs above 8,000", pendulums, climbs),
         count(f"{pendulum} of these, falls below 1,200 afterwards", climbed, falls),
         count(f"{cheetah} ends {below}", cheetahs, lambda curve: curve[1][-1] < untrained),
-        count(f"{cheetah} is, in the second half, {below}", cheetahs, is_low),
+        count(f"{cheetah} at some time in the second half {below}", cheetahs, is_low),
     ]
     titles = f"InvertedDoublePendulum-v4, {PLANNED}", "HalfCheetah-v4, none"
     panels = dict(zip(titles, (pendulums, cheetahs), strict=True))
@@ -574,7 +595,9 @@ def tell_returns(runs: pd.DataFrame, grid: Grid) -> str:
 
     def kls(mine: pd.DataFrame) -> str:
         median, largest = sweep.numbers(mine["kl_median"]), sweep.numbers(mine["kl_max"])
-        return f"{median.median():.2g} ({largest.max():.2g})" if median.notna().any() else ""
+        if median.isna().all():
+            return ""
+        return f"{two_figures(median.median())} ({two_figures(largest.max())})"
 
     return f"""## Returns
 
@@ -589,10 +612,13 @@ Means over seeds with bootstrap 95% intervals. A curve that leaves its panel goe
 
 ## How far an update goes
 
-KL[old, new] of an update: median, and in brackets the largest of all.
+KL[old, new] of an update: the median over seeds of a run's median, and in brackets the largest of \
+all.
 
 {by_task(runs, grid, kls)}
 ![KL per update](kl.png)
+
+A line ends where the first of its runs met a number that was not finite.
 
 """
 
@@ -649,12 +675,12 @@ def draw(path: Path, panels: list[tuple], columns: int, ylabel: str) -> None:
     shared = len({title for title, *_ in panels}) < len(panels)
     size = (12 / columns, 2.7)
     figure, axes = plot.sheet(len(panels), columns, size, sharey="row" if shared else False)
-    small = {"fontsize": "small", "frameon": False}
+    legend_style = {"fontsize": "small", "frameon": False}
     for i, (ax, (title, groups, lines)) in enumerate(zip(axes, panels, strict=True)):
         plot.curves(ax, plot.drawable(groups), lines)
         ax.set(title=title, xlabel="", ylabel=ylabel if i % columns == 0 else "")
         if shared and i < columns and ax.lines:
-            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, **small)
+            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, **legend_style)
     if not shared:
         plot.legend(figure, "upper", ncols=4, fontsize="small")
     for start in range(0, len(axes), columns):
@@ -747,8 +773,9 @@ def report(folder: Path, asked: Grid, settings: list[str]) -> None:
         scored = PLAN
         filled, gaps = fill_gaps(runs.loc[PLAN.cells])
     text = f"# {'Table 1' if preset == 'paper' else f'Table 1 with --preset {preset}'}"
-    if preset == "paper" and (runs["bootstrap_truncated"] == "True").all():
-        text += ", with time limits bootstrapped"
+    if preset == "paper":
+        bootstrapped = (runs["bootstrap_truncated"] == "True").all()
+        text += f", with time limits {'bootstrapped' if bootstrapped else 'as ends'}"
     text += "\n\n"
     shape = f"{len(grid.tasks)} tasks x {len(grid.objectives)} objectives x {len(grid.seeds)} seeds"
     if len(runs) == len(grid.cells):
@@ -763,10 +790,6 @@ def report(folder: Path, asked: Grid, settings: list[str]) -> None:
     if gaps:
         text += " A run without a finite return counts as the lowest of its task: "
         text += f"{', '.join(gaps)}."
-    if preset == "paper" and "--total-timesteps 1000000" in " ".join(settings):
-        paper = Grid(TASKS, OBJECTIVES["paper"], [1, 2, 3]).cells
-        here = len(runs.index.intersection(paper))
-        text += f" Of the {len(paper)} runs of the paper's Table 1, {here} are here."
     text += " Every run is a row of [runs.csv](runs.csv), its curve is in [curves.csv](curves.csv)."
     text += "\n\n"
     for stale in ("scores.md", "scores.png", "profile.png", "time-limits.png"):

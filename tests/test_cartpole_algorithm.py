@@ -4,9 +4,11 @@ A function named check_* takes the script that it checks. tests/test_mutations.p
 scripts and broken copies.
 """
 
+import csv
 import gc
 import math
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -641,6 +643,16 @@ def check_parts(script, parts: dict, seed: int) -> None:
         assert parts[part].initial_seed() == script.stream(seed, name), part
 
 
+def test_weights_are_orthogonal_with_the_gains_of_detail_2():
+    agent = Agent(4, 3)
+    for net, last in ((agent.actor, 0.01), (agent.critic, 1.0)):
+        for layer, gain in ((net[0], 2**0.5), (net[2], 2**0.5), (net[4], last)):
+            rows = layer.weight.detach() / gain
+            rows = rows if len(rows) <= rows.shape[1] else rows.T
+            torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), rtol=0, atol=1e-4)
+            assert not layer.bias.any()
+
+
 def test_a_run_begins_with_adam_and_two_streams_of_its_own():
     args = Args(seed=3)
     _, parts = ppo.begin(args, Actors(args, 1), None)
@@ -669,6 +681,11 @@ def check_three_updates(script, args) -> list[dict]:
     assert lrs == pytest.approx(falling)
     adaptive = args.objective == "adaptive:0.01"
     assert [given["beta"] for given in updates] == ([1, 2, 4] if adaptive else [0, 0, 0])
+    with open(Path(args.run_dir) / "metrics.csv", newline="") as file:
+        charts = list(csv.DictReader(file))
+    for name in ("learning_rate", "beta"):
+        given_to_it = [given["lr" if name == "learning_rate" else name] for given in updates]
+        assert [float(row[f"charts/{name}"]) for row in charts] == pytest.approx(given_to_it)
     expected = [script.stream(args.seed, "environments", i) for i in range(3)]
     assert seeds == [*expected, 2**30 + script.stream(args.seed, "evaluation")]
     return updates
@@ -681,7 +698,9 @@ THREE = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "total_timesteps"
 @pytest.mark.parametrize(("objective", "anneal_lr"), SCHEDULES)
 def test_each_update_has_its_step_size_its_beta_and_its_seed(objective, anneal_lr, tmp_path):
     run = str(tmp_path / "run")
-    check_three_updates(ppo, Args(**THREE, objective=objective, anneal_lr=anneal_lr, run_dir=run))
+    args = Args(**THREE, objective=objective, anneal_lr=anneal_lr, run_dir=run)
+    updates = check_three_updates(ppo, args)
+    assert {given["rng"].initial_seed() for given in updates} == {ppo.stream(1, "minibatches")}
 
 
 # -------------------------------------------------------------------------------------- learning

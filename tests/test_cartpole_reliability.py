@@ -461,6 +461,27 @@ def checkpoints(monkeypatch) -> list[bytes]:
     return written
 
 
+def test_clocks_go_on_where_a_run_was_stopped(monkeypatch, tmp_path):
+    clock = iter([0.0, 10.0, 14.0, 100.0, 106.0])
+    fake = SimpleNamespace(perf_counter=lambda: next(clock), strftime=time.strftime)
+    monkeypatch.setattr(ppo, "time", fake)
+    args = ppo.Args(run_dir=str(tmp_path / "run"), num_envs=2, num_steps=32)
+    task, who, losses = {"env_id": "E"}, {"seed": 1, "objective": "pg"}, {"kl_after_update": 0.0}
+    run = ppo.Run(args, task, who, None)
+    run.log(1, [], {}, losses)
+    run.log(2, [], {}, losses)
+    saved = run.checkpoint({"updates": 2, "transitions": 0, "diverged_at": None}, {})
+    run.close()
+    again = ppo.Run(replace(args, resume=args.run_dir), task, who, saved)
+    assert again.sps == 16.0
+    again.log(3, [], {}, losses)
+    summary = again.finish(saved["state"] | {"updates": 3}, [1.0, 5.0])
+    with open(tmp_path / "run/metrics.csv", newline="") as file:
+        speeds = [float(row["charts/SPS"]) for row in csv.DictReader(file)]
+    assert speeds == pytest.approx([64 / 10, 64 / 4, 64 / 6])
+    assert (summary["wall_seconds"], summary["eval_return_std"]) == (20.0, 2.0)
+
+
 def stopped_well(run: Path, outcome, source: str, update: int, checkpoints: list[bytes]) -> None:
     """Exit code 3, one line that names both, the last good checkpoint as it was written.
 

@@ -485,6 +485,22 @@ def test_a_number_that_is_not_finite_stops_the_run(source, tmp_path, monkeypatch
     assert not (tmp_path / "x" / "summary.json").exists()
 
 
+def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    update = ppo.update
+
+    def spoil(agent, **rest):
+        losses = update(agent=agent, **rest)
+        with torch.no_grad():
+            agent.critic[0].bias[0] = math.nan
+        return losses
+
+    monkeypatch.setattr(ppo, "update", spoil)
+    flags = SMALL | {"env_id": "Pendulum-v1", "total_timesteps": 64}
+    with pytest.raises(ppo.NonFiniteError, match="weights not finite in update 1"):
+        ppo.train(Args(**flags, run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
 # ------------------------------------------------------------------------------------- the flags
 def test_presets_are_flags_and_nothing_else():
     assert preset("modern") == Args() == ppo.parse_args([])

@@ -447,16 +447,35 @@ def test_the_cache_changes_nothing_and_what_is_scored_is_what_was_sampled_from(t
     torch.testing.assert_close(log_probs, (logits / temperature).log_softmax(-1))
 
 
-def test_samples_follow_the_distribution_and_greedy_its_maximum():
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_samples_follow_the_distribution_and_greedy_its_maximum(temperature):
     task = count_task()
     agent = policy(task)
-    batch = written(agent, task, questions=1, answers=20_000)
+    batch = written(agent, task, questions=1, answers=20_000, temperature=temperature)
     share = torch.bincount(batch["tokens"][:, 0], minlength=len(task.vocab)) / 20_000
     assert (share - batch["log_probs"][0, 0].exp()).abs().max() < 0.015
     greedy = grpo.sample(agent, batch["prompts"], 1, task.max_length, 1.0)
-    assert greedy["tokens"].shape[1] <= task.max_length
     best = greedy["log_probs"].argmax(-1)
     assert greedy["tokens"][greedy["mask"]].equal(best[greedy["mask"]])
+
+
+def test_the_agent_is_torchs_pre_norm_transformer_with_positions():
+    agent, tokens = Agent(7, 9), torch.randint(0, 7, (3, 9))
+    x = agent.word(tokens) + agent.position.weight
+    later = torch.full((9, 9), -math.inf).triu(1)
+    names = {"self_attn.in_proj_": "qkv", "self_attn.out_proj.": "out", "linear1.": "up"}
+    names |= {"linear2.": "down", "norm1.": "norm1", "norm2.": "norm2"}
+    for block in agent.blocks:
+        options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        peer = torch.nn.TransformerEncoderLayer(64, 2, 256, **options)
+        state = {}
+        for theirs, ours in names.items():
+            for part in ("weight", "bias"):
+                state[theirs + part] = getattr(getattr(block, ours), part)
+        peer.load_state_dict(state)
+        x = peer(x, src_mask=later)
+    expected = agent.logits(agent.norm(x)).log_softmax(-1)
+    torch.testing.assert_close(agent(tokens)[0].log_softmax(-1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_no_token_sees_what_follows_it():
@@ -1571,6 +1590,67 @@ def test_a_wrong_edit_is_caught(name, tmp_path):
     check(mutant(tmp_path / "same"))
     with pytest.raises(AssertionError):
         check(mutant(tmp_path / "edited", (old, new)))
+
+
+def test_the_reference_is_the_policy_after_the_warm_up(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    task = count_task(demonstrate=lambda prompt, rng: ["a"] * rng.randint(1, 6))
+    grpo.train(quick(warmup_steps=5), task)
+    assert abs(float(rows(Path("run/metrics.csv"))[0]["kl_exact"])) < 1e-6
+
+
+def test_dr_grpo_divides_by_the_longest_answer_that_the_task_allows(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    seen, real = [], grpo.update
+
+    def update(agent, optimizer, batch, max_length, args):
+        seen.append((batch["tokens"].shape[1], max_length))
+        return real(agent, optimizer, batch, max_length, args)
+
+    monkeypatch.setattr(grpo, "update", update)
+    grpo.train(quick(loss_agg="dr_grpo"), count_task(max_length=60))
+    assert {allowed for _, allowed in seen} == {60} and min(longest for longest, _ in seen) < 60
+
+
+def test_the_metrics_of_the_loss_are_means_over_tokens():
+    """The answers have different lengths: what follows them counts for nothing."""
+    new, batch, _ = example()
+    mask, old = batch["mask"], batch["log_probs"]
+    assert not mask.all()
+    _, metrics = grpo_loss(new, batch, 9, Args())
+    ratio = (new - old).gather(-1, batch["tokens"].unsqueeze(-1)).squeeze(-1)[mask].exp()
+    good = (batch["advantages"] > 0).unsqueeze(1).expand_as(mask)[mask]
+    expected = {
+        "entropy": -(new.exp() * new).sum(-1)[mask].mean(),
+        "kl_exact": (new.exp() * (new - batch["ref_log_probs"])).sum(-1)[mask].mean(),
+        "clip_ratio/high_mean": ((ratio > 1.2) & good).float().mean(),
+    }
+    for name, x in expected.items():
+        assert metrics[name].item() == pytest.approx(x.item(), rel=1e-4), name
+
+
+def test_every_stream_of_a_run_follows_its_seed(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked, stream = set(), grpo.stream
+    monkeypatch.setattr(grpo, "stream", lambda *given: asked.add(given) or stream(*given))
+    task = count_task(demonstrate=lambda prompt, rng: ["a"])
+    grpo.train(quick(seed=7, warmup_steps=1, total_timesteps=8), task)
+    names = ("weights", "prompts", "answers", "warm-up", "evaluation")
+    assert asked == {(7, name) for name in names}
+
+
+def test_pass_at_1_is_greedy_and_pass_at_k_is_sampled_at_the_temperature(monkeypatch):
+    seen, sample = [], grpo.sample
+
+    def watched(agent, prompts, group_size, max_length, temperature, rng=None):
+        seen.append((group_size, temperature, None if rng is None else rng.initial_seed()))
+        return sample(agent, prompts, group_size, max_length, temperature, rng)
+
+    monkeypatch.setattr(grpo, "sample", watched)
+    task = count_task()
+    grpo.evaluate(policy(task), task, Args(pass_k=4, temperature=0.5, seed=3))
+    assert (seen[0][0], seen[0][2]) == (1, None)
+    assert seen[1:] == [(4, 0.5, grpo.stream(3, "evaluation"))]
 
 
 # --------------------------------------------------------------------------------------- learning

@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,6 +155,7 @@ def replay(patch: pytest.MonkeyPatch, *rollouts: dict) -> None:
         {"norm_adv": "batch", "scale_rewards": False, "bootstrap_truncated": False},
         {"value_clip": 0.2, "ent_coef": 0.01, "max_grad_norm": math.inf, "norm_adv": "none"},
         {"target_kl": 2e-3},
+        {"gamma": 0.9, "gae_lambda": 0.8},
     ],
 )
 def test_every_agent_learns_from_a_rollout_what_the_script_learns(flags, monkeypatch, tmp_path):
@@ -186,7 +188,7 @@ def test_every_agent_learns_from_a_rollout_what_the_script_learns(flags, monkeyp
         replay(patch, rollout)
         patch.setattr(lockstep, "make_steps", watched_steps)
         train(tmp_path / "crowd", **flags)
-    places = {"clip": 0, "kl": 0}
+    places, counts = {"clip": 0, "kl": 0}, []
     for i, args in enumerate(crowd):
         alone, steps, adam_step = tmp_path / str(i), [], torch.optim.Adam.step
         with monkeypatch.context() as patch:
@@ -201,13 +203,15 @@ def test_every_agent_learns_from_a_rollout_what_the_script_learns(flags, monkeyp
             ppo.train(replace(args, run_dir=str(alone)))
         kind = lockstep.kind_of(args)
         place, places[kind] = places[kind], places[kind] + 1
-        assert len(steps) >= 4 and (len(steps) == 12 or "target_kl" in flags)
+        counts.append(len(steps))
         for k, weights in enumerate(steps, 1):
             gaps = (weights - crowd_steps[kind][k - 1][place]).abs()
             assert gaps.max() <= 0.4 * k * args.learning_rate
             assert gaps.mean() <= 1e-3 * k * args.learning_rate
         mine = ppo.load_checkpoint(tmp_path / "crowd" / lockstep.agent_name(args) / "checkpoint.pt")
         saved = ppo.load_checkpoint(alone / "checkpoint.pt")
+        # an agent that stopped early has taken no step after that
+        assert torch.equal(vector(mine), crowd_steps[kind][len(steps) - 1][place])
         assert mine.keys() == saved.keys() and mine["state"].keys() == saved["state"].keys()
         assert mine["state"]["beta"] == saved["state"]["beta"]
         assert mine["state"]["transitions"] == saved["state"]["transitions"]
@@ -223,6 +227,70 @@ def test_every_agent_learns_from_a_rollout_what_the_script_learns(flags, monkeyp
         for name in ours:
             if name.startswith("losses/"):
                 assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-2, abs=1e-4)
+    stopped = [count for count in counts if count < 12]
+    assert min(counts) >= 4 and bool(stopped) == ("target_kl" in flags)
+
+
+def vector(saved: dict) -> torch.Tensor:
+    """All weights of a checkpoint's agent, in the order of its parameters."""
+    agent = ppo.Agent(**saved["state"]["dims"])
+    ppo.restore({"agent": agent}, saved)
+    return nn.utils.parameters_to_vector(agent.parameters()).detach()
+
+
+def test_the_episodes_of_several_actors_are_those_of_the_script(tmp_path):
+    """Untrained poles fall within some ten steps, each of which pays 1: the same bytes."""
+    flags = {"env_id": "InvertedPendulum-v4", "num_envs": 3, "total_timesteps": 3 * 64}
+    train(tmp_path / "crowd", **flags)
+    for args in crowd_of(**flags):
+        name = lockstep.agent_name(args)
+        ppo.train(replace(args, run_dir=str(tmp_path / "alone" / name)))
+        ours, theirs = (tmp_path / where / name / "episodes.csv" for where in ("crowd", "alone"))
+        assert len(rows(ours)) > 6 and ours.read_bytes() == theirs.read_bytes()
+
+
+def test_every_agent_is_charted_by_its_own_numbers(tmp_path):
+    train(tmp_path / "run", total_timesteps=128)
+    for args in crowd_of():
+        folder = tmp_path / "run" / lockstep.agent_name(args)
+        agent, _ = ppo.load_agent(str(folder))
+        charts = rows(folder / "metrics.csv")
+        std = agent.log_std.exp().mean().item()
+        assert float(charts[-1]["charts/action_std"]) == pytest.approx(std, rel=1e-6)
+        steps = [float(row["charts/learning_rate"]) for row in charts]
+        assert steps == pytest.approx([3e-3, 1.5e-3])
+
+
+def test_the_first_episode_of_an_evaluation_counts_and_so_does_one_that_is_cut():
+    ends = iter([[(0, 1.0, 1)], [(0, 2.0, 1)], [(1, 7.0, 3)], [(0, 5.0, 1)], []])
+    actors = SimpleNamespace(num_envs=2, low=np.zeros(1), obs=None, returns=np.array([0.5, 4.0]))
+    actors.restart, actors.step = lambda seeds: None, lambda actions: (None, next(ends))
+
+    def play(obs, noise):
+        return noise
+
+    assert lockstep.play_once(play, actors, [5, 6], 9, False) == [1.0, 7.0]
+    assert lockstep.play_once(play, actors, [5, 6], 2, False) == [5.0, 4.0]  # the second is cut
+
+
+def test_what_a_crowd_had_learned_before_a_simulator_failed_is_kept(tmp_path, monkeypatch):
+    collect, noises = ppo.collect, []
+
+    def fail(play, actors, noise):
+        noises.append(noise)
+        if len(noises) == 3:
+            raise ConnectionResetError("the host is gone")
+        return collect(play, actors, noise)
+
+    monkeypatch.setattr(ppo, "collect", fail)
+    with pytest.raises(RuntimeError, match="Pendulum-v1, update 3: ConnectionResetError"):
+        train(tmp_path / "run", env_id="Pendulum-v1", total_timesteps=64 * 4)
+    saved = ppo.load_checkpoint(tmp_path / "run/checkpoint.pt", lockstep.SCRIPT)["agents"]
+    for i, mine in enumerate(saved):
+        assert mine["state"]["updates"] == 2
+        rng = torch.Generator()
+        rng.set_state(mine["action_rng"])  # the failed rollout's noise is still to be drawn
+        assert np.array_equal(ppo.draw_noise((64, 1, 1), rng)[:, 0], noises[2][:, i])
 
 
 def test_what_a_crowd_carries_on_from_update_to_update_is_what_the_script_does(
@@ -546,6 +614,9 @@ def test_a_nan_from_one_agents_simulator_freezes_that_agent(source, tmp_path, mo
         if name != "clip-0.2__2":
             same(mine, theirs)
             assert one["eval_return_mean"] == other["eval_return_mean"]
+    saved = ppo.load_checkpoint(tmp_path / "spoiled/clip-0.2__2/checkpoint.pt")
+    # its statistics are those of the first update
+    assert saved["return_stats"]["count"] == saved["agent"]["obs_stats.count"] == 64
     frozen = rows(tmp_path / "spoiled" / "clip-0.2__2" / "metrics.csv")
     assert [row["losses/policy_loss"] == "" for row in frozen] == [False, True, True]
 

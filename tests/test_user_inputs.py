@@ -517,6 +517,18 @@ def test_a_run_goes_on_without_the_compiler_it_began_with(script, run, main, mon
     assert load(tmp_path / "run")["args"]["compile"]
 
 
+def test_a_compiled_run_uses_what_was_compiled(run, script, monkeypatch):
+    calls = []
+
+    def compiled(function):
+        return lambda *given: calls.append(0) or function(*given)
+
+    monkeypatch.setattr(script, "compiled", compiled)
+    assert run("Good", "--compile").code == 0
+    args, _ = script.load_run("run")[:2]
+    assert len(calls) == args.num_updates * args.update_epochs * args.num_minibatches
+
+
 def test_an_environment_that_does_not_close_costs_nothing(run, tmp_path):
     code, _, err = run("DoesNotClose")
     assert code == 0 and is_json(tmp_path / "run/summary.json")
@@ -597,12 +609,23 @@ def test_one_instance_at_a_time_is_enough(run):
     assert run("Alone", "--num-envs", "1", "--num-steps", "64").code == 0
 
 
-def test_the_evaluation_of_a_task_without_end_is_no_longer_than_the_training(run):
+def test_the_evaluation_of_a_task_without_end_is_no_longer_than_the_training(run, script):
     code, _, err = run("Endless", "--total-timesteps", "2560")
     assert code == 0
     what = "2 of 2 evaluation episodes did not end by themselves and were cut after 1,280 steps"
     assert err == [f"note: {what}"]
     assert Endless.steps == 2560 + 2 * 1280 + 1  # one is that of the check
+    # the return of such an episode is that of its first steps
+    policy, env = script.load_policy("run"), Endless(continuous=script is ppo_continuous)
+    returns = []
+    for episode in range(2):
+        obs, _ = env.reset(seed=2**30 + script.stream(1, "evaluation") + episode)
+        returns.append(0.0)
+        for _ in range(1280):
+            obs, reward, *_ = env.step(policy(obs))
+            returns[-1] += reward
+    (summary,) = json.loads(Path("run/summary.json").read_text())
+    assert summary["eval_return_mean"] == pytest.approx(np.mean(returns), rel=1e-2)
 
 
 # ---------------------------------------------------------- 5. WHAT COMES AFTER TRAINING
