@@ -182,6 +182,13 @@ RERUN = {  # folder of results -> what it holds, the commands for all of it
         "[Table 1, time limits bootstrapped](#with-time-limits-bootstrapped-three-seeds)",
         ["table1.py --seeds 1 2 3 --results mine/bootstrapped -- --bootstrap-truncated"],
     ),
+    "time-limits": (
+        "[two of its tasks, time limits bootstrapped, ten seeds](../docs/double-pendulum.md)",
+        [
+            "table1.py --tasks InvertedDoublePendulum HalfCheetah --objectives none clip:0.2 "
+            "--results mine/time-limits -- --bootstrap-truncated"
+        ],
+    ),
     "table1-modern": (
         "[Table 1 with today's details](#with-todays-details)",
         ["table1.py --preset modern --results mine/modern"],

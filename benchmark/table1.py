@@ -442,7 +442,7 @@ def falls(curve: tuple) -> bool:
     return climbs(curve) and bool((returns[(returns > 8000).argmax() :] < 1200).any())
 
 
-TREATMENTS = ("the limit is an end", "bootstrapped")  # of a time limit: this table, the other runs
+TREATMENTS = ("the limit is an end", "bootstrapped")  # of a time limit
 
 
 def bootstrapped_runs() -> sweep.Rows:
@@ -463,7 +463,7 @@ def bootstrapped_runs() -> sweep.Rows:
     return sweep.Rows(runs, pd.concat([picked(few.curves, False), picked(many.curves, True)]))
 
 
-def tell_returns_of_both(tables: dict[str, sweep.Rows], grid: Grid) -> str:
+def tell_returns_of_both(tables: dict[str, sweep.Table | sweep.Rows], grid: Grid) -> str:
     """A table: what `none` and PLANNED end at under each of the TREATMENTS, task by task."""
     rows = []
     for task, objective in itertools.product(grid.tasks, ("none", PLANNED)):
@@ -488,7 +488,9 @@ def tell_returns_of_both(tables: dict[str, sweep.Rows], grid: Grid) -> str:
     return markdown(rows)
 
 
-def curves_of_both(tables: dict[str, sweep.Rows], task: str, objective: str) -> plot.Groups:
+def curves_of_both(
+    tables: dict[str, sweep.Table | sweep.Rows], task: str, objective: str
+) -> plot.Groups:
     """A curve per run, those of each of the TREATMENTS together."""
     found = {}
     for name, each in tables.items():
@@ -524,10 +526,9 @@ def draw_runs(path: Path, panels: dict[str, plot.Groups]) -> None:
     figure.savefig(path, dpi=90)
 
 
-def tell_time_limits(table: sweep.Table, grid: Grid) -> str:
-    """This table beside runs with exact bootstrapping. Draws time-limits.png."""
-    both = (sweep.Rows(table.runs, table.curves), bootstrapped_runs())
-    tables = dict(zip(TREATMENTS, both, strict=True))
+def tell_time_limits(folder: Path, ended: sweep.Table, grid: Grid) -> str:
+    """Runs in which a time limit is an end beside bootstrapped_runs(). Draws time-limits.png."""
+    tables = dict(zip(TREATMENTS, (ended, bootstrapped_runs()), strict=True))
     pendulums = curves_of_both(tables, "InvertedDoublePendulum-v4", PLANNED)
     cheetahs = curves_of_both(tables, "HalfCheetah-v4", "none")
     path = BOOTSTRAPPED / "random.csv"  # the policies that have learned nothing know no limit
@@ -548,19 +549,19 @@ def tell_time_limits(table: sweep.Table, grid: Grid) -> str:
     ]
     titles = f"InvertedDoublePendulum-v4, {PLANNED}", "HalfCheetah-v4, none"
     panels = dict(zip(titles, (pendulums, cheetahs), strict=True))
-    draw_runs(table.folder / "time-limits.png", panels)
+    draw_runs(folder / "time-limits.png", panels)
     return f"""## What a time limit is
 
 {tell_returns_of_both(tables, grid)}
-The return of the last 100 episodes: mean, from the worst to the best, and how many runs. First: \
-this table, where a time
-limit ends an episode as a fall does. Then: runs with exact bootstrapping. The difference, second \
-minus first, and its 95%
-interval are by Welch's t test. All of it is exploratory. Where there are ten bootstrapped runs, \
-they are from
-[time-limits](../time-limits/summary.md); where there are three, from
-[table1-bootstrapped](../table1-bootstrapped/summary.md), which earlier code made: there, equal \
-seeds are no pairs.
+The return of the last 100 episodes: mean, from the worst to the best, and how many runs. First, \
+from
+[table1](../table1/runs.csv): a time limit ends an episode as a fall does. Then: runs with exact \
+bootstrapping. The difference,
+second minus first, and its 95% interval are by Welch's t test. All of it is exploratory. Where \
+there are ten bootstrapped
+runs, they are from [time-limits](../time-limits/runs.csv); where there are three, from
+[table1-bootstrapped](../table1-bootstrapped/summary.md), which earlier code made: there, runs \
+with one seed do not start alike.
 
 {markdown(counted)}
 p is by Fisher's exact test. The curves hold two updates of five. 8,000 and 1,200 were chosen when \
@@ -674,6 +675,7 @@ def draw(path: Path, panels: list[tuple], columns: int, ylabel: str) -> None:
     """
     shared = len({title for title, *_ in panels}) < len(panels)
     size = (12 / columns, 2.7)
+    columns = min(columns, len(panels))
     figure, axes = plot.sheet(len(panels), columns, size, sharey="row" if shared else False)
     legend_style = {"fontsize": "small", "frameon": False}
     for i, (ax, (title, groups, lines)) in enumerate(zip(axes, panels, strict=True)):
@@ -801,7 +803,9 @@ def report(folder: Path, asked: Grid, settings: list[str]) -> None:
             when = "after" if not planned else "planned" if ready else "before"
             text += tell_contrasts(folder, filled, scored, when)
     if planned:
-        text += tell_time_limits(table, grid)
+        text += tell_time_limits(folder, table, grid)
+    elif folder.name == TIME_LIMITS.name:
+        text += tell_time_limits(folder, sweep.Table(SCALE.parent, LAYOUT), grid)
 
     curves = {}
     for name in ("episodic_return", "kl", "beta"):

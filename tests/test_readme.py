@@ -260,7 +260,8 @@ def reports() -> dict:
         def write(folder: Path) -> None:
             objectives = {row["objective"] for row in read_csv(folder / "runs.csv")}
             seeds = {row["seed"] for row in read_csv(folder / "runs.csv")}
-            flags = ["--report", "--preset", preset, "--results", str(folder)]
+            tasks = {row["env_id"] for row in read_csv(folder / "runs.csv")}
+            flags = ["--report", "--preset", preset, "--results", str(folder), "--tasks", *tasks]
             table1.main([*flags, "--objectives", *objectives, "--seeds", *seeds, "--", *more])
 
         return write
@@ -277,6 +278,7 @@ def reports() -> dict:
     found |= {
         "table1/summary.md": of_preset("paper"),
         "table1-bootstrapped/summary.md": of_preset("paper", "--bootstrap-truncated"),
+        "time-limits/summary.md": of_preset("paper", "--bootstrap-truncated"),
         "table1-modern/summary.md": of_preset("modern"),
     }
     return {path: write for path, write in found.items() if (RESULTS / path).exists()}

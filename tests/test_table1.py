@@ -241,7 +241,8 @@ def test_time_limits_ten_seeds_stand_in_for_three(tmp_path, monkeypatch):
     assert len(found.curves.query("env_id == 'HalfCheetah-v4' and objective == 'none'")) == 8
     mine = [row("HalfCheetah-v4", "none", seed, -900.0 + seed) for seed in (1, 2, 3, 4)]
     table = sweep.Table(write_folder(tmp_path / "mine", mine, {}), LAYOUT)
-    text = table1.tell_time_limits(table, Grid(["HalfCheetah-v4"], ["none"], [1, 2, 3, 4]))
+    grid = Grid(["HalfCheetah-v4"], ["none"], [1, 2, 3, 4])
+    text = table1.tell_time_limits(tmp_path, table, grid)
     # 1,900 apart; each side has a variance of 5/3, and t(6) has 2.447
     half = 2.447 * math.sqrt(2 * 5 / 3 / 4)
     cells = "-898 (-899 to -896), 4 | 1,002 (1,001 to 1,004), 4"
