@@ -499,10 +499,10 @@ def kl_terms(new: Tensor, old: Tensor, reference: Tensor) -> dict[str, Tensor]:
     """Estimates of KL[policy, reference] at each token (Schulman, joschu.net/blog/kl-approx.html).
 
     new, old, reference [...]: the token's log-probability under the policy that is being optimised,
-    under the policy that sampled it, and under the reference. What an estimate measures is one
-    question. All but k2 measure the KL, on average over tokens, while the policy is still pi_old.
-    Where its gradient leads is another. With x = log(pi / pi_ref), on average over tokens of the
-    policy:
+    under the policy that sampled it, and under the reference. What an estimate measures and
+    where its gradient leads are two questions. While the policy is still pi_old, all but k2 measure
+    the KL, on average over tokens; k3-corrected does so afterwards, too. With x = log(pi / pi_ref),
+    on average over tokens of the policy:
 
                   estimate          gradient
     k1            x                 0, so it is a metric only

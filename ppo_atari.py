@@ -873,7 +873,7 @@ def check_args(args: Args) -> Args:
     if args.compile and not has_compiler():
         raise UserError("--compile needs a C++ compiler such as g++; use --no-compile")
     if args.capture_video and find_spec("moviepy") is None:
-        raise UserError("--capture-video needs moviepy: pip install moviepy, or leave it out")
+        raise UserError("--capture-video needs moviepy: pip install moviepy, or film nothing")
     if args.precision != "auto":
         return args
     if args.device == "cuda":

@@ -712,9 +712,9 @@ def check_args(args: Args) -> Args:
         raise UserError("--device cuda: there is no CUDA here; use --device cpu")
     if args.compile and not has_compiler():
         raise UserError("--compile needs a C++ compiler such as g++; use --no-compile")
-    if args.capture_video and find_spec("moviepy") is None:
-        raise UserError("--capture-video needs moviepy: pip install moviepy, or leave it out")
     if args.capture_video:
+        if find_spec("moviepy") is None:
+            raise UserError("--capture-video needs moviepy: pip install moviepy, or film nothing")
         check_rendering(args)
     return args
 

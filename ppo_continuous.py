@@ -418,7 +418,7 @@ class Actors:
             self.envs = film(self.envs, str(videos), episode_trigger=lambda _: True)
 
     def restart(self, seed: int | list[int]) -> None:
-        """Every actor begins a new episode. seed: the first actor's (others count on) or a list."""
+        """Every actor begins a new episode, on seed, seed + 1, ... or on a list of seeds."""
         seed_globals(seed if isinstance(seed, int) else seed[0])
         obs, _ = self.envs.reset(seed=seed)
         self.obs = obs.copy()
@@ -855,17 +855,18 @@ def check_args(args: Args) -> Args:
         raise UserError(f"--device must be cpu or cuda, not {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA here; use --device cpu")
-    if args.capture_video and find_spec("moviepy") is None:
-        raise UserError("--capture-video needs moviepy: pip install moviepy, or leave it out")
     if args.capture_video:
+        if find_spec("moviepy") is None:
+            raise UserError("--capture-video needs moviepy: pip install moviepy, or film nothing")
         check_rendering(args)
     return replace(args, env_backend=choose_backend(args, args.num_envs))
 
 
 def choose_backend(args: Args, num_envs: int) -> str:
-    """The backend that --env-backend stands for. Raises UserError: EnvPool does not know the id.
+    """What --env-backend stands for here.
 
-    Below four environments, handing over to a pool costs more than it saves.
+    Raises UserError where EnvPool is asked for and does not know the id. Below four environments,
+    handing over to a pool costs more than it saves.
     """
     known = envpool.list_all_envs()
     if args.env_backend == "envpool" and args.env_id not in known:

@@ -211,6 +211,10 @@ def tell_headline(
     gap = with_interval(difference, draws[:, next_worst] - draws[:, worst])
     # the deviation of resamples divides by n, not n - 1
     too_narrow = 1 - math.sqrt(1 - 1 / len(grid.seeds))
+    fewer = ""
+    if grid.tasks != TASKS:
+        fewer = "The paper's scores are averages over all seven tasks: these cannot be compared "
+        fewer += "with them.\n"
     frozen = runs.loc[grid.cells].query("diverged_at != ''").groupby("objective").size()
     stopped = ""
     if len(frozen):
@@ -224,10 +228,10 @@ averaged over {len(grid.tasks)} tasks x {len(grid.seeds)} seeds. \
 Bootstrap 95% intervals, stratified by task; 0 and 1 stay fixed
 in the resamples. With {len(grid.seeds)} seeds they are about {too_narrow:.0%} too narrow, more \
 where one run is far off. The paper gives no intervals.
-
+{fewer}
 Highest is `{objectives[best]}`, in {(draws.argmax(1) == best).mean():.0%} of the resamples. The \
 interval of the difference from it holds 0 for:
-{", ".join(close) or "none"}. Lowest is `{objectives[worst]}`, in \
+{", ".join(close) or "no other objective"}. Lowest is `{objectives[worst]}`, in \
 {(draws.argmin(1) == worst).mean():.0%} of the resamples; the next one is higher by {gap}.
 {stopped}"""
 
@@ -330,6 +334,7 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> s
         p = np.array([scores.permutation_test(mine, normalised[:, i]) for i in others])
         tested = {"p": p, "p, Holm": scores.holm(p)}
     rows, counts = [], []
+    levels = sorted({0.05, 0.05 / len(others)}, reverse=True)  # of one test, of the strictest
     for place, i in enumerate(others):
         other = normalised[:, i]
         draws = resampled[:, :, ours].mean((1, 2)) - resampled[:, :, i].mean((1, 2))
@@ -341,25 +346,23 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> s
         improvement = with_interval(scores.improvement(mine, other), better)
         row["probability of improvement [95%]"] = improvement
         row |= {name: p_text(p[place]) for name, p in tested.items()}
-        levels = (0.05, 0.05 / len(others))
         smallest = [scores.detectable(mine, other, level) for level in levels]
         row["smallest detectable difference"] = " / ".join(f"{x:.2f}" for x in smallest)
-        paper = PAPER["avg_normalized_score"]
-        paper_difference = abs(paper[PLANNED] - paper.get(objectives[i], math.nan))
-        row["the paper's difference"] = row["seeds to detect that"] = ""
-        if paper_difference > 0:
-            needed = [
-                scores.seeds_to_detect(mine, other, paper_difference, level) for level in levels
-            ]
-            row["the paper's difference"] = f"{paper_difference:.2f}"
-            row["seeds to detect that"] = " / ".join(map(seeds_text, needed))
-            counts.append(needed[1])
+        if grid.tasks == TASKS:  # the paper's scores are averages over these
+            paper = PAPER["avg_normalized_score"]
+            apart = abs(paper[PLANNED] - paper.get(objectives[i], math.nan))
+            row["the paper's difference"] = row["seeds to detect that"] = ""
+            if apart > 0:
+                needed = [scores.seeds_to_detect(mine, other, apart, level) for level in levels]
+                row["the paper's difference"] = f"{apart:.2f}"
+                row["seeds to detect that"] = " / ".join(map(seeds_text, needed))
+                counts.append(needed[-1])
         rows.append(row)
     power = ""
     if counts:
         enough = sum(n <= len(grid.seeds) for n in counts)
         power = f"With {len(grid.seeds)} seeds, {enough} of {len(counts)} differences as large as "
-        power += "the paper's can be detected at the stricter level with a power of 80%; "
+        power += "the paper's can be detected at the strictest level with a power of 80%; "
         power += f"to detect all of them takes {seeds_text(max(counts))} seeds.\n"
     correlation = scores.seed_correlation(normalised)
     paired = ""
@@ -367,6 +370,15 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> s
         paired = "Runs of one seed start alike: the scores of two objectives with one seed "
         paired += f"correlate by {correlation:.2f} on average. Intervals and tests "
         paired += "treat them as independent.\n"
+    strictest = ""
+    if len(others) > 1:
+        strictest = f"; then at 5% / {len(others)}, which the first of {len(others)} tests must "
+        strictest += "pass after Holm's correction"
+    seeds_needed = ""
+    if grid.tasks == TASKS:
+        seeds_needed = "Seeds to detect that: how many each objective would need to detect a "
+        seeds_needed += "difference as large as the paper's, at the\nsame levels, if its scores "
+        seeds_needed += "were on this scale.\n"
     draw_profiles(folder / "profile.png", normalised, objectives)
     return f"""## `{PLANNED}` against the others
 
@@ -374,13 +386,9 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> s
 On {which}, over {len(grid.tasks)} tasks x {len(grid.seeds)} seeds. {WHEN[when]}
 Probability of improvement: that a run of `{PLANNED}` beats one of the other on the same task; a \
 tie counts half.
-Smallest detectable difference: with a power of 80%, from the spread of these runs; first for one \
-test at a level of 5%,
-then at 5% / {len(others)}, which the first of {len(others)} tests must pass after Holm's \
-correction. Seeds to detect that: how many
-each objective would need to detect a difference as large as the paper's, at the same two levels, \
-if its scores were on
-this scale. These numbers are by normal approximations, which are rough where one run is far off.
+Smallest detectable difference: with a power of 80%, from the spread of these runs, at a level of \
+5%{strictest}.
+{seeds_needed}These numbers are by normal approximations, which are rough where one run is far off.
 {power}{paired}
 ![Performance profile](profile.png)
 
@@ -445,12 +453,12 @@ def falls(curve: tuple) -> bool:
 TREATMENTS = ("the limit is an end", "bootstrapped")  # of a time limit
 
 
-def bootstrapped_runs() -> sweep.Rows:
+def bootstrapped_runs(folder: Path) -> sweep.Rows:
     """The runs with exact bootstrapping, of a task and objective those of one table.
 
-    Of TIME_LIMITS where it has more seeds, else of BOOTSTRAPPED.
+    Of `folder` where it has more seeds, else of BOOTSTRAPPED.
     """
-    few, many = (sweep.Table(folder, LAYOUT) for folder in (BOOTSTRAPPED, TIME_LIMITS))
+    few, many = sweep.Table(BOOTSTRAPPED, LAYOUT), sweep.Table(folder, LAYOUT)
     cells = ["env_id", "objective"]
     seeds, more = few.runs.groupby(cells).size(), many.runs.groupby(cells).size()
     covered = {cell for cell, count in more.items() if count > seeds.get(cell, 0)}
@@ -526,12 +534,12 @@ def draw_runs(path: Path, panels: dict[str, plot.Groups]) -> None:
     figure.savefig(path, dpi=90)
 
 
-def tell_time_limits(folder: Path, ended: sweep.Table, grid: Grid) -> str:
-    """Runs in which a time limit is an end beside bootstrapped_runs(). Draws time-limits.png."""
-    tables = dict(zip(TREATMENTS, (ended, bootstrapped_runs()), strict=True))
+def tell_time_limits(folder: Path, ended: sweep.Table, bootstrapped: sweep.Rows, grid: Grid) -> str:
+    """Runs in which a time limit is an end beside bootstrapped ones. Draws time-limits.png."""
+    tables = dict(zip(TREATMENTS, (ended, bootstrapped), strict=True))
     pendulums = curves_of_both(tables, "InvertedDoublePendulum-v4", PLANNED)
     cheetahs = curves_of_both(tables, "HalfCheetah-v4", "none")
-    path = BOOTSTRAPPED / "random.csv"  # the policies that have learned nothing know no limit
+    path = BOOTSTRAPPED / "random.csv"  # an untrained policy does not depend on the treatment
     untrained = grids.random_returns(path, ["HalfCheetah-v4"], "gaussian")[0]
 
     def is_low(curve: tuple) -> bool:
@@ -560,13 +568,14 @@ bootstrapping. The difference,
 second minus first, and its 95% interval are by Welch's t test. All of it is exploratory. Where \
 there are ten bootstrapped
 runs, they are from [time-limits](../time-limits/runs.csv); where there are three, from
-[table1-bootstrapped](../table1-bootstrapped/summary.md), which earlier code made: there, runs \
-with one seed do not start alike.
+[table1-bootstrapped](../table1-bootstrapped/summary.md), which earlier code made. The tests treat \
+all runs as independent,
+although runs with one seed often start alike.
 
 {markdown(counted)}
-p is by Fisher's exact test. The curves hold two updates of five. 8,000 and 1,200 were chosen when \
-the runs of
-table1-bootstrapped were known.
+p is by Fisher's exact test. The untrained policy is that of table1-bootstrapped. The curves hold \
+two updates of five. 8,000
+and 1,200 were chosen when the runs of table1-bootstrapped were known.
 
 ![Both treatments, run by run](time-limits.png)
 
@@ -803,9 +812,10 @@ def report(folder: Path, asked: Grid, settings: list[str]) -> None:
             when = "after" if not planned else "planned" if ready else "before"
             text += tell_contrasts(folder, filled, scored, when)
     if planned:
-        text += tell_time_limits(folder, table, grid)
+        text += tell_time_limits(folder, table, bootstrapped_runs(TIME_LIMITS), grid)
     elif folder.name == TIME_LIMITS.name:
-        text += tell_time_limits(folder, sweep.Table(SCALE.parent, LAYOUT), grid)
+        ended = sweep.Table(SCALE.parent, LAYOUT)
+        text += tell_time_limits(folder, ended, bootstrapped_runs(folder), grid)
 
     curves = {}
     for name in ("episodic_return", "kl", "beta"):

@@ -257,19 +257,19 @@ def updated(module, batch: dict, args: Args, objective: str, seed: int = 0) -> t
     return metrics, torch.nn.utils.parameters_to_vector(agent.parameters()).detach(), agent
 
 
-def check_an_update_is_a_loop_over_its_minibatches(module: ModuleType) -> None:
+def test_an_update_is_a_loop_over_its_minibatches():
     """Against autograd over the transitions of each minibatch, written plainly."""
     for norm_adv in ("batch", "minibatch", "none"):
         args = small(norm_adv=norm_adv, max_grad_norm=0.1, ent_coef=0.02, vf_coef=0.7)
         batch, order = recorded(), orders(args, 32)
         valid, advantages, history = batch["valid"] > 0, batch["advantages"], []
         torch.manual_seed(0)
-        ours, plain = module.Agent(4), module.Agent(4)
+        ours, plain = Agent(4), Agent(4)
         plain.load_state_dict(ours.state_dict())
         before = torch.nn.utils.parameters_to_vector(plain.parameters()).detach().clone()
-        objective = module.parse_objective("clip:0.1")
+        objective = parse_objective("clip:0.1")
         optimizer = torch.optim.SGD(ours.parameters(), lr=1.0)
-        metrics = module.update(ours, optimizer, batch, order, objective, 0.0, args)
+        metrics = ppo.update(ours, optimizer, batch, order, objective, 0.0, args)
         if norm_adv == "batch":
             used = advantages[valid]
             advantages = (advantages - used.mean()) / (used.std() + 1e-8)
@@ -295,10 +295,6 @@ def check_an_update_is_a_loop_over_its_minibatches(module: ModuleType) -> None:
         assert difference.norm() < 1e-3 * (after - before).norm()
         got = [metrics[name] for name in ("policy_loss", "value_loss", "entropy")]
         assert got == pytest.approx(np.mean(history, 0).tolist(), rel=1e-3, abs=1e-5)
-
-
-def test_an_update_is_a_loop_over_its_minibatches():
-    check_an_update_is_a_loop_over_its_minibatches(ppo)
 
 
 def small(**flags) -> Args:

@@ -331,7 +331,7 @@ def test_no_document_lacks_its_blocks_and_none_has_unknown_ones():
 
 NUMBER = re.compile(r"(?<![\w.,-])-?\d{1,3}(?:,\d{3})*(?:\.\d+)?(?![\w,.]*\d)")
 FIGURE3 = re.search(r"<!-- end figure3 -->(.*?)^#", DOCS["benchmark/README.md"], re.S | re.M)[1]
-TOLD = {  # sentences with numbers in them -> the results that they tell of
+SENTENCES = {  # sentences with numbers in them -> the results that they tell of
     "Figure 3": (FIGURE3, ["figure3"]),
     "the double pendulum": (
         DOCS["docs/double-pendulum.md"],
@@ -344,10 +344,10 @@ TOLD = {  # sentences with numbers in them -> the results that they tell of
 }
 
 
-@pytest.mark.parametrize("told", TOLD)
-def test_the_numbers_of_the_sentences_stand_in_the_results(told):
+@pytest.mark.parametrize("name", SENTENCES)
+def test_the_numbers_of_the_sentences_stand_in_the_results(name):
     """Those of three digits or more, zeros at the end not counted: round ones are thresholds."""
-    text, folders = TOLD[told]
+    text, folders = SENTENCES[name]
     known = set()
     for folder in folders:
         if (RESULTS / folder / "summary.md").exists():
