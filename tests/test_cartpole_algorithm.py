@@ -643,14 +643,19 @@ def check_parts(script, parts: dict, seed: int) -> None:
         assert parts[part].initial_seed() == script.stream(seed, name), part
 
 
+def check_orthogonal(layer, gain: float) -> None:
+    """Detail 2: rows or columns, whichever are fewer, are orthogonal with this gain; no bias."""
+    rows = layer.weight.detach().flatten(1) / gain
+    rows = rows if len(rows) <= rows.shape[1] else rows.T
+    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), rtol=0, atol=1e-4)
+    assert not layer.bias.any()
+
+
 def test_weights_are_orthogonal_with_the_gains_of_detail_2():
     agent = Agent(4, 3)
     for net, last in ((agent.actor, 0.01), (agent.critic, 1.0)):
         for layer, gain in ((net[0], 2**0.5), (net[2], 2**0.5), (net[4], last)):
-            rows = layer.weight.detach() / gain
-            rows = rows if len(rows) <= rows.shape[1] else rows.T
-            torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), rtol=0, atol=1e-4)
-            assert not layer.bias.any()
+            check_orthogonal(layer, gain)
 
 
 def test_a_run_begins_with_adam_and_two_streams_of_its_own():
@@ -683,9 +688,9 @@ def check_three_updates(script, args) -> list[dict]:
     assert [given["beta"] for given in updates] == ([1, 2, 4] if adaptive else [0, 0, 0])
     with open(Path(args.run_dir) / "metrics.csv", newline="") as file:
         charts = list(csv.DictReader(file))
-    for name in ("learning_rate", "beta"):
-        given_to_it = [given["lr" if name == "learning_rate" else name] for given in updates]
-        assert [float(row[f"charts/{name}"]) for row in charts] == pytest.approx(given_to_it)
+    for chart, name in (("charts/learning_rate", "lr"), ("charts/beta", "beta")):
+        used = [given[name] for given in updates]
+        assert [float(row[chart]) for row in charts] == pytest.approx(used)
     expected = [script.stream(args.seed, "environments", i) for i in range(3)]
     assert seeds == [*expected, 2**30 + script.stream(args.seed, "evaluation")]
     return updates

@@ -1656,7 +1656,13 @@ def test_pass_at_1_is_greedy_and_pass_at_k_is_sampled_at_the_temperature(monkeyp
 # --------------------------------------------------------------------------------------- learning
 VARIANTS = {
     "GRPO": {},
-    "R1": {"ratio": "sequence", "clip_low": 10.0, "clip_high": 10.0, "kl_coef": 0.001},
+    "R1": {
+        "ratio": "sequence",
+        "clip_low": 10.0,
+        "clip_high": 10.0,
+        "kl_coef": 0.001,
+        "total_timesteps": 57_600,  # it learns the questions of training long before the others
+    },
     "Dr. GRPO": {"loss_agg": "dr_grpo", "scale_rewards": "none", "kl_coef": 0.0},
     "DAPO": {"loss_agg": "dapo", "clip_high": 0.28, "kl_coef": 0.0},
     "GSPO": {"ratio": "sequence-mean", "clip_low": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0},
@@ -1707,11 +1713,11 @@ def test_the_reference_stays_where_it_was_or_follows_with_ref_sync(tmp_path, mon
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_learns_to_count(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = Args(total_timesteps=19_200, num_prompts=8, group_size=8, **VARIANTS[name])
+    flags = {"total_timesteps": 19_200, "num_prompts": 8, "group_size": 8} | VARIANTS[name]
+    args = Args(**flags)
     _, summary = grpo.train(args, count_task())
-    # of six questions with a word never seen; three seeds of R1 get 2, 6 and 6 right
-    wanted = 0.15 if name == "R1" else 0.5
-    assert summary["pass@1_before"] <= 0.2 and summary["pass@1_after"] >= wanted
+    # of six questions with a word never seen
+    assert summary["pass@1_before"] <= 0.2 and summary["pass@1_after"] >= 0.5
     assert summary["last_100_return"] >= 0.85  # of those in training
 
 
