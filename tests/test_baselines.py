@@ -855,15 +855,18 @@ def test_report_by_hand(tmp_path):
     assert "| **PPO first** | 0 of 2 tasks | 1 of 1 tasks [1, 1] | 0 of 1 tasks [0, 0] |" in text
     # in units of 2323.9 - 508.2 on Hopper and of 121.5 - 1.9 on Swimmer
     paper = "the paper, Vanilla PG adaptive"
+    # 12.71 x 0.7071 x the root of 1/2 + 1/3
+    three = "[992, 1,008] | no | 0 of 1; not Hopper-v4"
+    assert f"| `vpg` | Hopper-v4 | 1,000 [994, 1,006] | 2,324 | {paper} | -73% | {three} |" in text
     assert (
-        f"| `vpg` | Hopper-v4 | 1,000 [994, 1,006] | 2,324 | {paper} | -73% | no | 0 of 1 |" in text
+        "| `cem` | Swimmer-v4 | 50.8, n = 1 | 1.9 | the paper, CEM | +41% |  |  | 1 of 1 |" in text
     )
-    assert "| `cem` | Swimmer-v4 | 50.8, n = 1 | 1.9 | the paper, CEM | +41% |  | 1 of 1 |" in text
-    later = "| 95.0 | TRPO, OpenAI Baselines 2018 | +130% | no | 0 of 2 |"
-    assert f"| `trpo-learned` | Swimmer-v4 | 250 [250, 250] {later}" in text
+    later = "| 95.0 | TRPO, OpenAI Baselines 2018 | +130% | [250, 250] | no | 0 of 2; not Hopper-v4"
+    assert f"| `trpo-learned` | Swimmer-v4 | 250 [250, 250] {later}, Swimmer-v4 |" in text
     with_and_without = "| 2,002 [1,995, 2,008] | 1,500 [1,494, 1,506] | 2,064 | the paper, TRPO |"
     (experiment,) = [line for line in text.splitlines() if with_and_without in line]
     assert experiment.startswith("| `trpo-frozen-discount` | Hopper-v4 | gamma 0.995 and lambda")
+    assert experiment.endswith("| the paper, TRPO | no |")
     # the paper's TRPO ends at 2,064 on Hopper and at 121.5 on Swimmer
     assert "| `trpo-frozen` | 1,500 [1,494, 1,506] | 150 [150, 150] |\n" in text
     assert "| TRPO, the paper | 2,064 | 122 |\n" in text
@@ -871,9 +874,8 @@ def test_report_by_hand(tmp_path):
     assert "| A2C + TR, the paper | 951 |" in text and "| A2C, Tianshou | 1,253 | 36.6 |" in text
     for who in ("TRPO, OpenAI Baselines 2018: 6 seeds", "TRPO, Tianshou: 10", "A2C, Tianshou: 10"):
         assert text.count(f"- {who}") == 1
-    held = "our 95% interval holds the end of the paper's TRPO on"
-    assert f"With sigma frozen, {held} 0 of 2 tasks; not on Hopper-v4, Swimmer-v4.\n" in text
-    assert f"With sigma learned, {held} 0 of 2 tasks; not on Hopper-v4, Swimmer-v4.\n" in text
+    for way in ("frozen", "learned"):
+        assert f"3 runs of ours with sigma {way}: 0 of 2; not Hopper-v4, Swimmer-v4.\n" in text
     assert "| Hopper-v4 | 6 | 5 | 6 |" in text and "| Swimmer-v4 | 5 | 5 | 5 | 200,000 |" in text
     assert "changes the gradient in 1.50% of all states, at most in 2.00% of those" in text
     flags = "--env-id TASK --env-backend envpool --sigma frozen --seed S --total-timesteps 1000000"
@@ -938,14 +940,26 @@ def test_where_ppo_is_first_in_the_paper_and_here():
 
 
 def test_the_largest_disagreement_may_be_downwards():
-    """On Walker2d 0.5 lies 1,215 below the paper's VPG, and 2,241 are between its algorithms."""
+    """On Walker2d 0.5 lies 1,214.1 below the paper's VPG, and 2,241 are between its algorithms."""
     grid = figure3.Grid(["HalfCheetah-v4", "Walker2d-v4"], ["vpg"], [1, 2])
-    for spread, told in ((95, "no | 1 of 2"), (96, "yes | 2 of 2")):  # the interval: 12.706 times
+    # a mean of three runs lies within 12.706 x the root of 2 (1/2 + 1/3) = 16.4 times the spread
+    for spread, told in ((74, "no | 1 of 2; not Walker2d-v4"), (75, "yes | 2 of 2")):
         x = 0.5 + np.array([-spread, spread])
         returns = {(task, "vpg"): x for task in grid.tasks}
         text = figure3.tell_disagreements(returns, grid, figure3.published())
         (row,) = [line for line in text.splitlines() if line.startswith("| `vpg` |")]
-        assert row.startswith("| `vpg` | Walker2d-v4 |") and row.endswith(f"| -54% | {told} |")
+        assert row.startswith("| `vpg` | Walker2d-v4 |") and row.endswith(f"] | {told} |")
+        assert " | -54% | [" in row
+
+
+def test_the_mean_of_few_runs_varies_more_than_that_of_many():
+    """Of 0 and 2 the mean is 1 and the deviation the root of 2; t(1) has 95% within 12.706."""
+    x = np.array([0.0, 2.0])
+    assert figure3.range_of_mean(x) == pytest.approx((1 - 12.7062, 1 + 12.7062), rel=1e-5)
+    half_width = 12.7062 * np.sqrt(2 * (1 / 2 + 1 / 6))
+    assert figure3.range_of_mean(x, 6) == pytest.approx((1 - half_width, 1 + half_width), rel=1e-5)
+    assert figure3.seeds_of("PPO (clip)") == 3
+    assert figure3.seeds_of(figure3.OPENAI) == 6
 
 
 def test_with_which_sigma_trpo_ends_as_in_the_paper():
@@ -954,9 +968,9 @@ def test_with_which_sigma_trpo_ends_as_in_the_paper():
     returns = {("Hopper-v4", "trpo-frozen"): near, ("Swimmer-v4", "trpo-frozen"): near}
     returns["Hopper-v4", "trpo-learned"] = near
     returns["Swimmer-v4", "trpo-learned"] = near[:1]  # one run has no interval
-    held = "our 95% interval holds the end of the paper's TRPO on"
-    expected = f"With sigma frozen, {held} 1 of 2 tasks; not on Swimmer-v4.\n"
-    expected += f"With sigma learned, {held} 1 of 1 tasks.\n"
+    start = "Tasks on which the end of the paper's TRPO could be the mean of 3 runs of ours with"
+    expected = f"{start} sigma frozen: 1 of 2; not Swimmer-v4.\n"
+    expected += f"{start} sigma learned: 1 of 1.\n"
     assert figure3.tell_sigma(returns, tasks, figure3.published()) == expected
 
 
