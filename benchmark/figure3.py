@@ -10,8 +10,9 @@ runs.csv. There is one such process on each core. If this command is stopped, gi
 on from the last checkpoints and ends with the same numbers. PPO is not run here: its rows are those
 of clip:0.2 in benchmark/results/table1/, whatever seeds are there.
 
-After the grid come experiments: an algorithm with one thing changed, on the task where it is far
-from the paper. EXPERIMENTS lists them; each is run where its algorithm and its task are asked for.
+After the grid come experiments: an algorithm with one thing changed, on tasks where its mean is far
+from the paper's end. EXPERIMENTS lists them; each is run where its algorithm and its task are asked
+for.
 
 Results are benchmark/results/figure3/: runs.csv and curves.csv, from which the report makes
 summary.md and the pictures. The report lists the runs that are missing.
@@ -238,6 +239,12 @@ def returns_of(runs: pd.DataFrame) -> dict[tuple[str, str], np.ndarray]:
     }
 
 
+def other_code() -> pd.DataFrame:
+    """The rows of others_1m.csv, with a name: of the algorithm and whose it is."""
+    rows = pd.read_csv(OTHERS_1M)
+    return rows.assign(name=rows["algorithm"] + ", " + rows["source"])
+
+
 def published() -> pd.DataFrame:
     """The ends of the paper's curves: a row per task (-v4), a column per algorithm.
 
@@ -245,9 +252,7 @@ def published() -> pd.DataFrame:
     """
     ends = pd.read_csv(ROOT / "benchmark/paper/figure3_final.csv")
     ends["task"] += "-v4"
-    others = pd.read_csv(OTHERS_1M)
-    others["name"] = others["algorithm"] + ", " + others["source"]
-    theirs = others.pivot(index="env_id", columns="name", values="mean")
+    theirs = other_code().pivot(index="env_id", columns="name", values="mean")
     return ends.pivot(index="task", columns="algorithm", values="final").join(theirs)
 
 
@@ -255,30 +260,31 @@ def seeds_of(column: str) -> int:
     """How many runs each number in a column of published() is the mean of."""
     if column in PAPER:
         return PAPER_SEEDS
-    others = pd.read_csv(OTHERS_1M)
-    (seeds,) = others.loc[others["algorithm"] + ", " + others["source"] == column, "seeds"].unique()
+    others = other_code()
+    (seeds,) = others["seeds"][others["name"] == column].unique()
     return int(seeds)
 
 
 def range_of_mean(x: np.ndarray, new_runs: float = math.inf) -> tuple[float, float]:
     """From x, the returns of two runs or more: where the mean of new runs lies in 95% of cases.
 
-    By Student's t. With infinitely many new runs this is the confidence interval of the mean, with
-    fewer the wider prediction interval, since their own mean varies, too.
+    By Student's t, as if returns were normally distributed. With infinitely many new runs this is
+    the confidence interval of the mean. With fewer it is the prediction interval, which is wider:
+    the mean of the new runs varies, too.
     """
-    spread = x.std(ddof=1) * math.sqrt(1 / len(x) + 1 / new_runs)
-    half_width = stats.t.ppf(0.975, len(x) - 1) * spread
+    error = x.std(ddof=1) * math.sqrt(1 / len(x) + 1 / new_runs)
+    half_width = stats.t.ppf(0.975, len(x) - 1) * error
     return x.mean() - half_width, x.mean() + half_width
 
 
-def could_be_ours(x: np.ndarray, end: float, seeds: int) -> bool:
-    """Whether a mean of so many runs lies where that of as many new ones of ours would."""
-    low, high = range_of_mean(x, seeds)
+def could_be_ours(x: np.ndarray, end: float, new_runs: int) -> bool:
+    """Whether their end lies where the mean of so many new runs of ours would."""
+    low, high = range_of_mean(x, new_runs)
     return bool(low <= end <= high)
 
 
-def in_brackets(ends: tuple[float, float]) -> str:
-    low, high = ends
+def in_brackets(limits: tuple[float, float]) -> str:
+    low, high = limits
     return f"[{number(low)}, {number(high)}]"
 
 
@@ -450,23 +456,23 @@ def tell_disagreements(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
     for name in ("ppo", *grid.algorithms):
         far, inside = {}, {}
         theirs = WITH_PPO[name].theirs
-        seeds = seeds_of(theirs)
+        their_seeds = seeds_of(theirs)
         for task in grid.tasks:
             if (task, name) in returns and task in ends.index:
                 x, end = returns[task, name], ends.loc[task, theirs]
                 best, worst = ends.loc[task, PAPER].max(), ends.loc[task, PAPER].min()
                 far[task] = (x.mean() - end) / (best - worst)
                 if len(x) > 1:
-                    inside[task] = could_be_ours(x, end, seeds)
+                    inside[task] = could_be_ours(x, end, their_seeds)
         if far:
             task = max(far, key=lambda task: abs(far[task]))
             x, end = returns[task, name], ends.loc[task, theirs]
             row = {"algorithm": f"`{name}`", "task": task}
             row["ours"] = with_interval(x, len(grid.seeds))
             row |= {"theirs": number(end), "compared with": source_of(theirs)}
-            row |= {"apart": f"{far[task]:+.0%}", "as many runs of ours": "", "inside": ""}
+            row |= {"apart": f"{far[task]:+.0%}", "mean of new runs": "", "inside": ""}
             if task in inside:
-                row["as many runs of ours"] = in_brackets(range_of_mean(x, seeds))
+                row["mean of new runs"] = in_brackets(range_of_mean(x, their_seeds))
                 row["inside"] = "yes" if inside[task] else "no"
             row["inside, all tasks"] = count_inside(inside)
             table.append(row)
@@ -478,13 +484,17 @@ Apart: ours minus theirs, in percent of the distance between the paper's best an
 on that task. TRPO with
 a learned sigma is compared with OpenAI's code of 2018 (-v2, networks of 32-32).
 
-Could theirs be a mean of runs like ours? It is a mean of few runs: of {PAPER_SEEDS} in the paper \
-(which says so of Table 1; we
-assume it here), of {seeds_of(OPENAI)} in OpenAI's code. "As many runs of ours" is where the mean \
-of so many new runs would lie
-in 95% of cases, by Student's t. That is wider than the interval of our mean: a mean of few runs \
-varies, too. "Inside"
-says whether theirs is there, and on how many of all tasks.
+Could their number be a mean of runs like ours? It is a mean of few runs: {seeds_of(OPENAI)} in \
+OpenAI's results; {PAPER_SEEDS} in the paper,
+which says so for Table 1, and we assume the same here. Suppose that we trained so many new runs. \
+"Mean of new runs" is
+the range in which their mean would lie in 95% of cases, by Student's t, if returns were normally \
+distributed. It is
+wider than the interval of our mean, because a mean of few runs varies, too. "Inside": their \
+number lies in this range.
+That does not show that the algorithms are equal. With three runs of ours the range is wide, and \
+the more our runs
+differ, the more numbers it holds.
 
 {markdown(table)}
 """
@@ -502,28 +512,30 @@ def tell_experiments(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
         if (task, base) in returns:
             row["without it"] = with_interval(returns[task, base], len(grid.seeds))
         theirs = ALGORITHMS[base].theirs
-        end, seeds = ends.loc[task, theirs], seeds_of(theirs)
-        row |= {"theirs": number(end), "compared with": source_of(theirs), "inside": ""}
-        if len(returns[task, name]) > 1:
-            row["inside"] = "yes" if could_be_ours(returns[task, name], end, seeds) else "no"
+        end = ends.loc[task, theirs]
+        row |= {"theirs": number(end), "compared with": source_of(theirs)}
+        for column, mine in {"inside with it": name, "inside without it": base}.items():
+            row[column] = ""
+            if len(returns.get((task, mine), ())) > 1:
+                inside = could_be_ours(returns[task, mine], end, seeds_of(theirs))
+                row[column] = "yes" if inside else "no"
         table.append(row)
     if not table:
         return ""
     return f"""## Experiments on disagreements
 
-Other settings, on tasks where the algorithm does not end where the paper's does. "Inside": \
-whether theirs could be a mean
-of runs with the change, by the test above.
+Other settings, on tasks where the mean of the algorithm is far from the paper's end. "Inside" is \
+the test above.
 
 {markdown(table)}
 """
 
 
 def tell_sigma(returns: dict, tasks: list[str], ends: pd.DataFrame) -> str:
-    """With which sigma the paper's TRPO could be ours, on tasks with two runs or more."""
+    """Which TRPO of ours the paper's could be, on tasks with two runs or more."""
     text = ""
-    for way in LINE_UPS:
-        mine = {task: returns.get((task, f"trpo-{way}"), ()) for task in tasks}
+    for name in [name for name in ALGORITHMS if name.startswith("trpo")]:
+        mine = {task: returns.get((task, name), ()) for task in tasks}
         inside = {
             task: could_be_ours(x, ends.loc[task, "TRPO"], PAPER_SEEDS)
             for task, x in mine.items()
@@ -531,14 +543,14 @@ def tell_sigma(returns: dict, tasks: list[str], ends: pd.DataFrame) -> str:
         }
         if inside:
             text += "Tasks on which the end of the paper's TRPO could be the mean of "
-            text += f"{PAPER_SEEDS} runs of ours with sigma {way}: {count_inside(inside)}.\n"
+            text += f"{PAPER_SEEDS} runs of `{name}`: {count_inside(inside)}.\n"
     return text
 
 
 def tell_others(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
     """TRPO and A2C beside the paper and other code, and with which sigma TRPO is the paper's."""
     tasks = [task for task in grid.tasks if task in ends.index]
-    sources = pd.read_csv(OTHERS_1M).drop_duplicates(["algorithm", "source"])
+    sources = other_code().drop_duplicates("name")
     text = ""
     for family in ("TRPO", "A2C"):
         mine = [name for name in grid.algorithms if name.startswith(family.lower())]
@@ -555,7 +567,7 @@ def tell_others(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
             rows.append(row | {task: number(ends.loc[task, column]) for task in tasks})
         text += f"{markdown(rows)}\n"
         for row in sources[sources["algorithm"] == family].itertuples():
-            text += f"- {row.algorithm}, {row.source}: {row.seeds} seeds; {row.how}; {row.url}\n"
+            text += f"- {row.name}: {row.seeds} seeds; {row.how}; {row.url}\n"
         text += "\n"
     if not text:
         return ""
