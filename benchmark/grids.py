@@ -104,7 +104,7 @@ def parse(flags: list[str]) -> list[ppo.Args]:
 def environment(task: str) -> list[str]:
     """Flags: the same simulator for few agents and for many.
 
-    Or one table would hold two versions of MuJoCo.
+    Otherwise one table would hold two versions of MuJoCo.
     """
     backend = "envpool" if task in envpool.list_all_envs() else "gymnasium"
     return ["--env-id", task, "--env-backend", backend]
@@ -141,7 +141,7 @@ def plan(grid: Grid, done: set, settings: list[str], runs: str) -> list[Call]:
 def check(table: Table, settings: list[str], earlier: list[str] | None = None) -> None:
     """Raises UserError where a run of a table was made with other flags than these.
 
-    earlier: what they were in earlier rows, where that is not the same.
+    earlier: the flags of rows that is_earlier() names, where they are other ones.
     """
     wanted = str(parse(settings)[0].bootstrap_truncated)
     commands = table.runs[["command", "bootstrap_truncated"]].drop_duplicates()

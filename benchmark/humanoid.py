@@ -1,13 +1,13 @@
 """A humanoid that learns to run: section 6.3 of the paper, in MuJoCo's Humanoid-v4.
 
     python benchmark/humanoid.py                                  # three seeds, then the report
-    python benchmark/humanoid.py --ablation defaults fixed-lr     # these instead, on a seed each
+    python benchmark/humanoid.py --ablation defaults fixed-lr     # these instead, one seed of each
     python benchmark/humanoid.py --report                         # the report alone, from the CSVs
     python benchmark/humanoid.py --film                           # best and worst seed, as mp4
     python benchmark/humanoid.py --speed                          # beside the simulator alone
 
 A run is a process of benchmark/humanoid_ppo.py, one on each core; the ablation `defaults` is one of
-ppo_continuous.py as it is. It takes hours. Runs live in runs/humanoid/. One that was interrupted
+ppo_continuous.py as it is. A run takes hours. Runs live in runs/humanoid/. One that was interrupted
 goes on at its last checkpoint, a finished one is left alone, so the same command may be given again
 and again. The length is a part of the plan: a finished run of 10M steps is not made longer.
 
@@ -169,13 +169,6 @@ LENGTH = "charts/episodic_length"
 SPEED = "charts/forward_speed"
 
 
-def thin(metrics: pd.DataFrame, points: int) -> pd.DataFrame:
-    """sweep.average(). ppo_continuous.py logs no speed: its cells are empty."""
-    if SPEED not in metrics:
-        metrics = metrics.assign(**{SPEED: math.nan})
-    return sweep.average(metrics, points)
-
-
 COLUMNS = "run env_id seed total_timesteps transitions last_100_return last_100_length"
 COLUMNS += " eval_return_mean eval_return_std eval_episodes"
 COLUMNS += " gymnasium_return gymnasium_return_std gymnasium_speed gymnasium_length mujoco"
@@ -186,13 +179,13 @@ LAYOUT = sweep.Layout(
     curves={
         "episodic_return": plot.RETURN,
         "episodic_length": LENGTH,
-        "forward_speed": SPEED,
+        "forward_speed": SPEED,  # which ppo_continuous.py does not log: empty cells
         "learning_rate": "charts/learning_rate",
         "kl": "losses/kl_after_update",
         "action_std": "charts/action_std",
     },
     order={"run": list(SETTINGS)},
-    thin=thin,
+    thin=sweep.average,
     measure=measure,
 )
 
@@ -246,7 +239,7 @@ def film(runs: pd.DataFrame) -> None:
 def draw_strip(path: Path, picture: Path) -> None:
     """Eight pictures of the first three seconds of a film, in a row.
 
-    Later the humanoid has left the floor behind, of which 20 metres are drawn; the rest is there.
+    Later it runs beyond the 20 metres of floor that are drawn; there is a floor all the same.
     """
     from matplotlib import image  # these two take time that no other command needs
     from moviepy import VideoFileClip
@@ -443,7 +436,7 @@ def report() -> None:
 def main(argv: list[str]) -> None:
     parser = Parser("Train a humanoid to run, on three seeds, and report it.")
     add = parser.add_argument
-    what = "run these, on a seed each, instead of the recipe"
+    what = "run one seed of each of these instead of the recipe"
     add("--ablation", nargs="+", choices=ABLATIONS, default=[], help=what)
     add("--total-timesteps", type=positive, default=STEPS, help="of each run")
     what = "run nothing, film the best and the worst seed, and write the report"

@@ -21,11 +21,11 @@ All numbers of the recipe stand in Args, also those that ppo_continuous.py has t
 In spirit that is Table 4 of the paper (Roboschool's humanoid): many actors, and a step size
 "adjusted based on the target value of the KL divergence". The numbers are those that rl_games has
 for EnvPool's Humanoid-v4 (https://github.com/Denys88/rl_games, humanoid_envpool.yaml of 2022). What
-rl_games has and this file has not: a smooth clip, a small pull of actions towards 0, values cut at
-+-5 deviations, weights as PyTorch draws them, minibatches of neighbouring environments. What it
-does otherwise: it sets the step size after a step, not before it, from KL[new, old], not KL[old,
+rl_games has and this file does not have: a smooth clip, a small pull of actions towards 0, values
+cut at +-5 deviations, weights as PyTorch draws them, minibatches of neighbouring environments. What
+it does otherwise: it sets the step size after a step, not before it, from KL[new, old], not KL[old,
 new]; its Adam has an epsilon of 1e-8; values count in the statistics of returns; at a time limit it
-goes on with V of the last state but one.
+goes on with V of the second-to-last state.
 
 Actions. rl_games acts within [-1, 1] and multiplies by 0.4, the bound of Humanoid's actions. Here
 the Gaussian lives in the simulator's units: Agent multiplies the mean by the bound, and a sigma
@@ -79,7 +79,7 @@ class Args(ppo.Args):
     learning_rate: float = 3e-4  # Adam step size; with --adapt-lr, its first value
     adapt_lr: bool = True  # let the step size follow the KL
     desired_kl: float = 0.008  # the KL that it follows
-    # KL from which policy: that of the minibatch's last visit, an epoch ago, or the rollout's
+    # KL from which policy: that of each row's last visit, an epoch ago, or the rollout's
     kl_since: Literal["visit", "rollout"] = "visit"
     anneal_lr: bool = False  # with --no-adapt-lr: decay the step size linearly to 0
     vf_coef: float = 2.0  # weight of (V - V_targ)^2, without 1/2; rl_games: 4, with 1/2
@@ -190,7 +190,7 @@ def make_batch(agent: Agent, rollout: dict, args: Args) -> dict:
 
 
 def gradient_and_policy(agent: Agent, minibatch: dict, objective: Objective, args: Args) -> tuple:
-    """The script's gradient(), of a network with one trunk; and the policy that it went through.
+    """The script's gradient(), of a network with one trunk; and the policy of which it is.
 
     The KL is that from the last visit. Returns the gradient [P], the means of all terms, and mean
     and log_std of the policy [B, U].

@@ -9,10 +9,11 @@ the run folder, every agent has the folder that the script would have made, such
 that `ppo_continuous.py --evaluate`, load_policy() and benchmark/plot.py need not know where it
 comes from.
 
-Agent, loss, advantages, normalisation and random streams are the script's own functions. This file
-adds the axis of agents, A, and writes again only what that axis forces: the loss of a minibatch in
-which reset rows weigh 0, the gradient's norm and an Adam step for each agent (gradient_step), and
-what happens when one of them meets a number that is not finite (it is frozen). Every random stream
+Agent, loss terms, advantages and random streams are the script's own functions. This file adds the
+axis of agents, A, and writes again what that axis forces: means over a minibatch in which reset
+rows weigh 0, the gradient's norm and an Adam step for each agent (gradient_step), the steps of an
+update (update_group), what is made of a rollout (make_batches), the evaluation, and what happens
+when an agent meets a number that is not finite (it is frozen). Every random stream
 of an agent is keyed by its seed alone. So an agent starts with the same bits alone and in a crowd,
 and agents of one seed share weights, noise, minibatch order and environments: their objectives can
 be compared in pairs.
@@ -21,6 +22,7 @@ be compared in pairs.
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -199,7 +201,7 @@ def learner_of(optimizer: torch.optim.Adam) -> Batch:
 
 
 def put_back(optimizer: torch.optim.Adam, learner: dict, i: int) -> None:
-    """Agent i of the stacked `learner` into the optimiser's tensors, of which its own are views."""
+    """Copy agent i's part of the stacked `learner` to its weights and its optimiser."""
     (weights,) = optimizer.param_groups[0]["params"]
     with torch.no_grad():
         weights.copy_(learner["weights"][i])
@@ -310,7 +312,7 @@ def crowd_policy(agents: list[Agent], check: bool = False) -> Callable:
     """
     weights = []
     for same in zip(*(agent.actor.parameters() for agent in agents), strict=True):
-        weights.append(torch.stack(same).detach().cpu().numpy())  # [A, U, D] or [A, U]
+        weights.append(torch.stack(same).detach().cpu().numpy())  # [A, out, in], of biases [A, out]
     weights = [x if x.ndim == 3 else x[:, np.newaxis] for x in weights]
     mean = torch.stack([agent.obs_stats.mean for agent in agents]).cpu().numpy()[:, np.newaxis]
     std = torch.stack([agent.obs_stats.std for agent in agents]).cpu().numpy()[:, np.newaxis]
@@ -412,15 +414,19 @@ class AgentRun(ppo.Run):
 def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     """Algorithm 1 for all agents, then the evaluation. Returns the summaries of the agents.
 
-    args.seed and args.objective count for nothing. Raises UserError for bad input, and
-    NonFiniteError when no agent is alive any more.
+    args.seed and args.objective count for nothing. To go on with a run, args is
+    Args(resume=RUN_DIR) or load_run(RUN_DIR)[0], in which `device` and `compile` may have changed;
+    its folder says which agents there are, and `seeds` and `objectives` count for nothing. Raises
+    UserError for bad input, and NonFiniteError when no agent is alive any more.
     """
     saved = None
     if args.resume is not None:
         own, seeds, objectives, saved = load_run(args.resume)
-        if args != Args(resume=args.resume):
-            own = replace(own, **{name: getattr(args, name) for name in ppo.RESUME_FLAGS})
-        args = own
+        if args == Args(resume=args.resume):
+            args = own
+        changes = {name: getattr(args, name) for name in ppo.RESUME_FLAGS}
+        if args != replace(own, **changes):
+            raise UserError("resume stands alone, since config.json has the other flags")
     crowd = crowd_args(args, seeds, objectives)
     args = crowd[0]
     count = len(crowd)
@@ -571,7 +577,8 @@ def find_broken(rollout: Batch, count: int) -> dict[int, str]:
 def evaluate(agents: list[Agent], crowd: list[Args], folder: Path) -> list[list[float]]:
     """The script's evaluate() for every agent, on the same seeds: A lists of returns.
 
-    Many episodes run side by side, unless they are filmed.
+    Many episodes run side by side, unless they are filmed. An agent with a return that is not
+    finite has NaN for all of its returns.
     """
     args = crowd[0]
     if args.capture_video:
@@ -589,9 +596,12 @@ def evaluate(agents: list[Agent], crowd: list[Args], folder: Path) -> list[list[
         for i, mine in enumerate(returns):
             mine += played[i * together : (i + 1) * together]
     actors.close()
-    for mine in returns:
-        ppo.check_evaluation(mine, 0, limit)  # how many were cut is not counted here
-    return [mine[: args.eval_episodes] for mine in returns]
+    returns = [mine[: args.eval_episodes] for mine in returns]
+    for i, mine in enumerate(returns):
+        if not np.isfinite(mine).all():
+            tqdm.write(f"a return of the evaluation is not finite: {agent_name(crowd[i])}")
+            returns[i] = [math.nan] * len(mine)
+    return returns
 
 
 def play_once(play, actors: Actors, seeds: list[int], limit: int, sample: bool) -> list[float]:

@@ -59,7 +59,7 @@ def drawable(groups: Groups) -> Groups:
 
 
 def gather(points: pd.DataFrame, panel: str, line: str, value: str) -> dict[str, Groups]:
-    """Rows of curves.csv -> groups_of() each panel, which a column tells apart."""
+    """Rows of curves.csv -> for each value of the column `panel`, the groups_of() its rows."""
     panels = {}
     for title, mine in points.groupby(panel, sort=False):
         panels[title] = groups_of(mine, line, value)
@@ -71,7 +71,7 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, Groups]:
 
     Plain files are passed over: CROWD/* names those of the crowd beside the folders of its agents.
     Raises UserError for a folder that is none, for an agent without a finished episode, and for two
-    agents that only something unnamed tells apart.
+    runs of the same script, environment, objective and seed.
     """
     folders = [folder for folder in dict.fromkeys(map(Path, folders)) if not folder.is_file()]
     if not folders:

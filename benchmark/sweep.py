@@ -2,7 +2,7 @@
 
 A trainer is a module with parse_args(flags), which may raise its UserError, and train(), which
 takes what parse_args() returns and leaves a run folder: config.json, metrics.csv, summary.json. To
-go on with that, train() takes what load_run(folder) returns first. The scripts are trainers, and so
+go on with that, train() takes the first value of load_run(folder). The scripts are trainers, and so
 is benchmark/lockstep.py, whose run holds many agents. A Call is one process of a trainer; a Layout
 says what is kept of its agents: a row each in runs.csv, and some points each in curves.csv.
 
@@ -458,7 +458,7 @@ def run(calls: list[Call], engine: Callable, table_of: Callable[[Call], "Table"]
 
 
 def complete(folder: Path, layout: Layout, calls: list[Call], engine: Callable) -> None:
-    """Complete every call and put it into the table of a folder, where others stay.
+    """Complete every call and put it into the table of a folder. Its other rows stay.
 
     Raises UserError.
     """
@@ -484,7 +484,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 def add_flags(parser: Parser, jobs: int | None = 1) -> None:
     """The flags that say who runs a table."""
-    what = "calls at a time on this machine, where more than one disturb wall times"
+    what = "calls at a time on this machine; several make each other's wall times longer"
     default = "one on each core" if jobs is None else jobs
     parser.add_argument("--jobs", type=positive, help=f"{what}; default: {default}")
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="who runs it")
@@ -602,7 +602,7 @@ class Table:
 def listed(runs: pd.DataFrame, names: Iterable[str]) -> str:
     """The different cells of these columns, of `started` the days.
 
-    The commits of a run that went on at another one are in one cell: "A and B".
+    A run that was continued with other code has both commits in its cell: "A and B".
     """
     parts = []
     for name in names:

@@ -132,9 +132,45 @@ def test_the_settings_are_what_their_sources_say(name):
     settings = asdict(MODULES[name].Args())
     assert {x: settings[x] for x in settings if x not in run_flags.split()} == PUBLISHED[name]
     assert cem.HIDDEN == (10, 5)
+    assert not MODULES[name].Args.sample_actions  # evaluations are greedy
+
+
+def first_agent(name: str, flags: str) -> ppo.Agent:
+    """The agent that a run with these flags begins with."""
+    args = baselines.check_args(MODULES[name].parse_args(flags.split()))
+    make_agent = cem.make_agent if name == "cem" else baselines.make_agent
+    return make_agent(args, ppo.Actors(args, args.num_envs))
+
+
+def weights_of(agent: ppo.Agent) -> Tensor:
+    return parameters_to_vector(agent.parameters()).detach()
+
+
+def test_an_agent_is_that_of_its_flags():
+    """With 64 units it is that of ppo_continuous.py."""
+    agent = first_agent("vpg", f"{PENDULUM} --seed 3 --obs-clip 2")
+    args = ppo.preset("paper", env_id="InvertedPendulum-v4", env_backend="envpool", seed=3)
+    script = ppo.begin(args, ppo.Actors(args, 1), None)[1]["agent"]
+    assert torch.equal(weights_of(agent), weights_of(script)) and agent.obs_clip == 2
+    small = first_agent("vpg", f"{PENDULUM} --hidden 32")
+    assert small.actor[0].weight.shape == small.critic[0].weight.shape == (32, 4)
+    for net, gain in ((small.actor, 0.01), (small.critic, 1.0)):  # one output: one row, its norm
+        assert net[-1].weight.norm().item() == pytest.approx(gain, rel=1e-4)
+    one, other = (first_agent("cem", f"{PENDULUM} --obs-clip 2 --seed {seed}") for seed in (3, 4))
+    assert one.obs_clip == 2 and not torch.equal(weights_of(one), weights_of(other))
 
 
 # ------------------------------------------------------------------------------- WHAT THEY SHARE
+def test_the_kl_is_that_of_the_old_policy_from_the_new_one():
+    """Sigma doubles: log 2 + 1/8 - 1/2 in each of two actions."""
+    agent = make_agent()
+    batch = make_batch(agent)
+    with torch.no_grad():
+        agent.log_std += np.log(2)
+        kl = baselines.mean_kl(agent, batch).item()
+    assert kl == pytest.approx(2 * (np.log(2) + 1 / 8 - 1 / 2), rel=1e-4)
+
+
 @pytest.mark.parametrize("end", ["terminated", "truncated"])
 def test_a_batch_by_hand(end):
     """An episode of two steps, a reset step, and a step of the next episode."""
@@ -180,8 +216,26 @@ def test_the_value_function_is_fitted_to_the_returns():
     assert before > 1 and (agent.value(batch["obs"]) - batch["returns"]).abs().mean() < 0.2
 
 
+def test_the_value_function_sees_whole_minibatches_of_shuffled_rows():
+    agent = make_agent()
+    batch = make_batch(agent)
+    seen = []
+    agent.critic.register_forward_pre_hook(lambda critic, given: seen.append(given[0]))
+    rng = torch.Generator().manual_seed(7)
+    optimizer = baselines.value_optimizer(agent, 1e-3)
+    parts = {"agent": agent, "value_optimizer": optimizer, "minibatch_rng": rng}
+    baselines.fit_value(parts, batch, vpg.Args(value_epochs=2, value_minibatch=64))
+    rng.manual_seed(7)
+    obs, expected = agent.normalise(batch["obs"]), []
+    for _ in range(2):
+        order = torch.randperm(160, generator=rng)
+        expected += [obs[order[:64]], obs[order[64:128]]]
+    assert len(seen) == 4 and torch.equal(torch.stack(seen), torch.stack(expected))
+
+
 def test_the_loop_draws_from_its_streams_and_updates_the_statistics_first(tmp_path, monkeypatch):
-    seeds = spy_on_restarts(monkeypatch, ppo)
+    """Its learn() raises log sigma by 0.1, whose KL is in every row of metrics.csv."""
+    seeds, seen = spy_on_restarts(monkeypatch, ppo), []
     flags = f"{PENDULUM} --num-steps 16 --total-timesteps 48 --checkpoint-every 1 --run-dir"
     args = vpg.parse_args([*flags.split(), str(tmp_path / "run")])
 
@@ -190,16 +244,43 @@ def test_the_loop_draws_from_its_streams_and_updates_the_statistics_first(tmp_pa
         with torch.no_grad():
             torch.testing.assert_close(batch["values"], agent.value(batch["obs"]))
             torch.testing.assert_close(batch["mean"], agent.policy(batch["obs"])[0])
+            agent.log_std += 0.1
         for part, name in (("action_rng", "actions"), ("minibatch_rng", "minibatches")):
             assert parts[part].initial_seed() == ppo.stream(args.seed, name)
+        seen.append(batch["obs"])
+        assert agent.obs_stats.count == sum(map(len, seen))
+        torch.testing.assert_close(agent.obs_stats.mean, torch.cat(seen).mean(0))
         return {}, {}
 
     agent, summary = baselines.train(args, lambda agent, args: {}, learn)
     assert agent.obs_stats.count == summary["transitions"] < 48  # reset steps do not count
     assert seeds[:3] == [ppo.stream(1, "environments", i) for i in range(3)]
+    kls = [float(row["losses/kl_after_update"]) for row in rows(tmp_path / "run/metrics.csv")]
+    assert kls == pytest.approx([0.1 + np.exp(-0.2) / 2 - 1 / 2] * 3, rel=1e-3)
+
+
+def test_a_number_that_is_not_finite_stops_the_run(tmp_path):
+    flags = "--env-id GoesBlind-v0 --env-backend gymnasium --num-steps 64"
+    with pytest.raises(ppo.NonFiniteError, match="obs not finite in update 1"):
+        run("vpg", flags, tmp_path / "blind")
+    saved = ppo.load_checkpoint(tmp_path / "blind/checkpoint.pt", "vpg")
+    assert saved["state"]["updates"] == 0
+
+    flags = f"{PENDULUM} --num-steps 16 --total-timesteps 16 --run-dir {tmp_path / 'loss'}"
+    args = vpg.parse_args(flags.split())
+    with pytest.raises(ppo.NonFiniteError, match="loss not finite in update 1"):
+        baselines.train(args, lambda *_: {}, lambda *_: ({}, {"loss": np.nan}))
 
 
 # ------------------------------------------------------------------------------------------ TRPO
+def test_the_surrogate_is_the_mean_of_ratio_times_advantage():
+    agent = make_agent()
+    batch = make_batch(agent)
+    batch["log_prob"] -= np.log(2)  # the old policy was half as likely to do so
+    told = trpo.surrogate(agent, batch).item()
+    assert told == pytest.approx(2 * batch["advantages"].mean().item(), rel=1e-4)
+
+
 class MeanKL(nn.Module):
     def __init__(self, agent: ppo.Agent):
         super().__init__()
@@ -277,6 +358,35 @@ def test_a_step_has_the_length_it_was_given_or_a_half_or_a_quarter_of_it(max_kl,
         assert max(halvings) > 2
 
 
+def test_the_step_is_that_of_the_whole_fisher_matrix():
+    """Solved directly: sqrt(2 delta / x.g) x with (F + damping I) x = g."""
+    agent, args = make_agent(3), trpo.Args(max_kl=1e-4, fisher_every=1, cg_iterations=100)
+    batch, weights = make_batch(agent), trpo.trained_weights(agent, args)
+    product = trpo.fisher_product(agent, batch, weights, args.damping)
+    matrix = torch.stack([product(v) for v in torch.eye(len(parameters_to_vector(weights)))])
+    g = baselines.flat_gradient(trpo.surrogate(agent, batch), weights)
+    x = torch.linalg.solve(matrix, g)
+    before = parameters_to_vector(weights).detach().clone()
+    trpo.trust_region_step(agent, batch, args)
+    step = parameters_to_vector(weights).detach() - before
+    torch.testing.assert_close(step, (2 * args.max_kl / (x @ g)).sqrt() * x, rtol=0, atol=1e-5)
+
+
+def test_a_step_is_halved_until_the_kl_of_the_whole_batch_is_small(monkeypatch):
+    """At most 1.5 times max_kl, 0.015."""
+    kls, sizes = iter([0.0151, 0.0149]), []
+
+    def kl(agent, batch):
+        sizes.append(len(batch["obs"]))
+        return torch.tensor(next(kls))
+
+    monkeypatch.setattr(trpo, "fisher_product", lambda *_: lambda v: v)
+    monkeypatch.setattr(trpo, "mean_kl", kl)
+    agent = make_agent(16)
+    told = trpo.trust_region_step(agent, make_batch(agent), trpo.Args())
+    assert (told["accepted"], told["backtracks"], sizes) == (1, 1, [160, 160])
+
+
 def test_trpo_learns_from_standardised_advantages(monkeypatch):
     """And fits the value function to the returns as they are."""
     agent = make_agent()
@@ -310,6 +420,16 @@ def test_the_step_size_follows_the_kl():
         assert vpg.adapt_step_size(2e-3, kl, 0.002) == 2e-3
     assert vpg.adapt_step_size(1e-8, 1.0, 0.002) == 1e-8
     assert vpg.adapt_step_size(1.0, 0.0, 0.002) == 1.0
+
+
+def test_vpgs_next_step_size_is_set_by_the_kl_of_this_step():
+    """Any step is too large for this target."""
+    agent = make_agent(hidden=8)
+    batch, args = make_batch(agent), vpg.Args(value_epochs=1, kl_target=1e-9)
+    rng = torch.Generator().manual_seed(0)
+    parts = {"agent": agent, "minibatch_rng": rng, **vpg.make_optimizers(agent, args)}
+    vpg.learn(parts, batch, {}, args)
+    assert parts["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-3 / 1.5)
 
 
 def test_vpg_takes_the_gradient_of_ppos_pg_objective():
@@ -364,6 +484,15 @@ def test_a2c_is_ppo_with_one_epoch_of_one_minibatch(updates):
     expected = parameters_to_vector(theirs.parameters()) - before
     assert expected.abs().max() > 1e-5
     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_small_gradient_is_not_made_longer():
+    agent = make_agent()
+    batch = make_batch(agent, scale=1e-3)
+    batch["returns"] = batch["values"]
+    gradient, means = a2c.gradient(agent, agent, batch, a2c.Args())
+    assert gradient.norm().item() == pytest.approx(means["grad_norm"], rel=1e-4)
+    assert gradient.norm() < 0.5
 
 
 def test_rmsprop_starts_with_squares_of_one_and_eps_under_the_root():
@@ -558,6 +687,7 @@ def test_a_generation_that_fails_leaves_the_filter_as_it_was(tmp_path):
     flags = "--env-id GoesBlind-v0 --num-envs 3 --candidates 11 --env-backend gymnasium"
     with pytest.raises(ppo.NonFiniteError, match="obs not finite in update 1"):
         run("cem", flags, tmp_path / "run")
+    assert ppo.load_checkpoint(tmp_path / "run/checkpoint.pt", "cem")["state"]["updates"] == 0
     agent, candidates, actors = generation(flags, 11)
     actors.restart(0)
     *_, stats = play_generation(agent, candidates, actors)
@@ -581,10 +711,11 @@ def test_only_the_first_generation_changes_its_filter_while_it_plays(tmp_path, m
         assert agent.obs_stats.mean[0].item() != before
         assert (len(set(filters)) == len(filters) > 1) if first else set(filters) == {before}
 
-    firsts, original = [], cem.play_generation
+    firsts, counts, original = [], [], cem.play_generation
 
     def watched(agent, candidates, actors, action_std, rng, first):
         firsts.append(first)
+        counts.append(agent.obs_stats.count.item())
         assert action_std == 0.5 and rng.initial_seed() == ppo.stream(1, "actions")
         return original(agent, candidates, actors, action_std, rng, first)
 
@@ -592,6 +723,16 @@ def test_only_the_first_generation_changes_its_filter_while_it_plays(tmp_path, m
     flags = f"{PENDULUM} --num-envs 10 --candidates 20 --total-timesteps 500 --action-std 0.5"
     run("cem", flags, tmp_path / "run")
     assert len(firsts) > 1 and firsts[0] and not any(firsts[1:])
+    steps = [int(row["global_step"]) for row in rows(tmp_path / "run/metrics.csv")]
+    assert counts == [0, *steps[:-1]]  # each generation plays under the filter of those before
+
+
+def test_the_policy_of_a_run_of_cem_is_the_mean_of_its_search(tmp_path):
+    flags = f"{PENDULUM} --num-envs 4 --candidates 4 --elite 0.5 --total-timesteps 100"
+    run("cem", flags, tmp_path / "run")
+    saved = ppo.load_checkpoint(tmp_path / "run/checkpoint.pt", "cem")
+    actor = [x.flatten() for name, x in saved["agent"].items() if name.startswith("actor.")]
+    assert torch.equal(torch.cat(actor), saved["search"]["mean"])
 
 
 def test_noise_is_added_to_every_action(monkeypatch):
@@ -611,6 +752,7 @@ def test_every_generation_has_environments_of_its_own_and_less_noise(tmp_path, m
     seeds, extras, draw = spy_on_restarts(monkeypatch, ppo), [], cem.Search.draw
 
     def watched(search, count, extra_variance, rng):
+        assert rng.initial_seed() == ppo.stream(1, "candidates")
         extras.append(extra_variance)
         return draw(search, count, extra_variance, rng)
 

@@ -255,6 +255,29 @@ def test_curves_never_extrapolate_and_colour_by_place():
     assert ax.get_ylabel() == "episodic return (last 100)"
 
 
+def test_a_line_is_the_mean_and_its_band_the_interval():
+    steps = np.array([0.0, 10.0])
+    ax = Figure().subplots()
+    plot.curves(ax, {"a": [(steps, np.zeros(2)), (steps, np.full(2, 2.0))]})
+    assert (ax.lines[0].get_ydata() == 1).all()
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (0, 2)
+
+
+def test_a_line_begins_where_its_last_seed_does():
+    seeds = [(np.array([0.0, 10.0]),) * 2, (np.array([4.0, 12.0]),) * 2]
+    steps, returns = plot.on_grid(seeds)
+    assert (steps[0], steps[-1]) == (4, 10) and np.allclose(returns, steps)
+
+
+def test_every_panel_shows_its_own_column():
+    points = pd.DataFrame({"run": "a", "seed": "1", "global_step": [1, 2], "x": [1, 2]})
+    points["y"] = [10, 20]
+    figure = plot.side_by_side(points, {"x": "X", "y": "Y"}, "run", ["a"])
+    ends = {ax.get_title(): ax.lines[0].get_ydata()[-1] for ax in figure.axes}
+    assert ends == {"X": 2, "Y": 20}
+
+
 def test_interval_is_the_bootstrap_of_the_mean_over_seeds():
     returns = np.array([[0.0, 5.0, 1.0], [10.0, 5.0, 2.0], [20.0, 5.0, 9.0], [30.0, 5.0, 4.0]])
     mean, low, high = scores.mean_interval(returns)

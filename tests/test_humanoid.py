@@ -5,13 +5,15 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
+import test_cartpole_algorithm as checks
 import torch
-from conftest import rounding
+from conftest import rounding, spy_on_restarts
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -95,7 +97,11 @@ def test_the_network_by_hand():
     sizes = [tuple(x.shape) for name, x in agent.named_parameters() if "weight" in name]
     assert sizes == [(512, 5), (256, 512), (128, 256), (2, 128), (1, 128)]
     assert all((x == 0).all() for name, x in agent.named_parameters() if "bias" in name)
-    assert Agent(5, [0.4], 5.0, -0.92).actor.weight.norm().item() == pytest.approx(0.01, rel=1e-4)
+    fresh = Agent(5, [0.4], 5.0, -0.92)
+    for layer in (fresh.trunk[0], fresh.trunk[2], fresh.trunk[4]):
+        checks.check_orthogonal(layer, 2**0.5)
+    checks.check_orthogonal(fresh.actor, 0.01)
+    checks.check_orthogonal(fresh.critic, 1.0)
     x = agent.normalise(obs)
     for layer in (agent.trunk[0], agent.trunk[2], agent.trunk[4]):
         x = x @ layer.weight.T + layer.bias
@@ -367,6 +373,75 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
         pd.testing.assert_frame_equal(*same, check_exact=True)
 
 
+def test_every_random_stream_is_that_of_the_seed(tmp_path, monkeypatch):
+    seeds = spy_on_restarts(monkeypatch, ppo)
+    train(tmp_path / "run", seed=3, checkpoint_every=1, total_timesteps=192)
+    expected = [ppo.stream(3, "environments", update) for update in range(3)]
+    assert seeds == [*expected, 2**30 + ppo.stream(3, "evaluation")] and len(set(seeds)) == 4
+
+    spaces = {"single_observation_space": gym.spaces.Box(-1, 1, (5,))}
+    spaces["single_action_space"] = gym.spaces.Box(-0.4, 0.4, (2,))
+    actors = SimpleNamespace(envs=SimpleNamespace(**spaces))
+    _, parts = humanoid_ppo.begin(Args(seed=3), actors, None)
+    checks.check_parts(ppo, parts, 3)
+    ppo.seed_globals(ppo.stream(3, "weights"))
+    fresh = Agent(5, [0.4, 0.4], 5.0, -0.92)
+    for name, x in parts["agent"].state_dict().items():
+        torch.testing.assert_close(x, fresh.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_compiled_is_the_gradient_of_this_file(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile(function, **_):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(ppo, "has_compiler", lambda: True)
+    monkeypatch.setattr(torch, "compile", compile)
+    train(tmp_path / "run", compile=True, total_timesteps=64)
+    assert compiled == [humanoid_ppo.gradient_and_policy]
+
+
+def test_what_was_learned_before_a_simulator_failed_is_kept(tmp_path, monkeypatch):
+    collect, calls = ppo.collect, []
+
+    def fail(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ConnectionResetError("the host is gone")
+        return collect(*given)
+
+    monkeypatch.setattr(ppo, "collect", fail)
+    with pytest.raises(RuntimeError, match="Humanoid-v4, update 3: ConnectionResetError"):
+        train(tmp_path / "run", total_timesteps=64 * 4)
+    assert humanoid_ppo.load_run(str(tmp_path / "run"))[1]["state"]["updates"] == 2
+
+
+@pytest.mark.parametrize("source", ["rewards", "obs", "weights"])
+def test_a_number_that_is_not_finite_stops_the_run(source, tmp_path, monkeypatch):
+    collect, update = ppo.collect, ppo.update
+
+    def spoil(*given):
+        rollout, episodes = collect(*given)
+        if source in rollout:
+            rollout[source][10] = math.nan
+        return rollout, episodes
+
+    def spoil_weights(agent, **rest):
+        losses = update(agent=agent, **rest)
+        if source == "weights":
+            with torch.no_grad():
+                agent.critic.bias[0] = math.nan
+        return losses
+
+    monkeypatch.setattr(ppo, "collect", spoil)
+    monkeypatch.setattr(ppo, "update", spoil_weights)
+    with pytest.raises(ppo.NonFiniteError, match=f"{source} not finite in update 1"):
+        train(tmp_path / "run", total_timesteps=64)
+    assert not (tmp_path / "run/summary.json").exists()
+
+
 def test_another_device_or_compiler_may_go_on(tmp_path, capsys):
     train(tmp_path / "run", total_timesteps=64)
     args = humanoid_ppo.parse_args(["--resume", str(tmp_path / "run"), "--compile"])
@@ -498,6 +573,24 @@ def test_play_plays_one_episode_of_each_environment(simulator):
     assert played["speed"][1] == pytest.approx(np.mean(speeds), abs=1e-2)
 
 
+def test_both_simulators_are_played_on_the_seeds_of_the_evaluation(tmp_path, monkeypatch):
+    played = []
+
+    def make_envs(simulator, count):
+        return SimpleNamespace(simulator=simulator, count=count, close=lambda: None)
+
+    def play(agent, envs, first_seed):
+        played.append((agent, envs.simulator, envs.count, first_seed))
+        return {}
+
+    monkeypatch.setattr(humanoid, "make_envs", make_envs)
+    monkeypatch.setattr(humanoid, "play", play)
+    monkeypatch.setattr(humanoid_ppo, "load_agent", lambda folder: ("agent", None))
+    humanoid.play_both(humanoid.AGENT, tmp_path, 3)
+    first = 2**30 + ppo.stream(3, "evaluation")
+    assert played == [("agent", "gymnasium", 20, first), ("agent", "envpool", 20, first)]
+
+
 class TwoEnds:
     """Two humanoids, of which one falls in its third step and one reaches a limit in its fifth.
 
@@ -603,6 +696,11 @@ def test_runs_and_report(here, monkeypatch):
             expected = metres / np.sum(played["length"])
             assert float(row[f"{simulator}_speed"]) == pytest.approx(expected)
     points = sweep.read(here / "results/curves.csv")
+    mine = points[(points["run"] == "recipe") & (points["seed"] == "1")]
+    metrics = pd.read_csv(here / "runs/recipe/1/metrics.csv")
+    for name, column in humanoid.LAYOUT.curves.items():
+        told = pd.to_numeric(mine[name]).tolist()
+        assert told == pytest.approx(metrics[column].tolist(), rel=1e-5, nan_ok=True), name
     speeds = points.groupby("run")["forward_speed"]
     assert speeds.apply(lambda cells: (cells != "").all()).to_dict() == {
         "defaults": False,
@@ -642,6 +740,9 @@ def test_both_speeds_are_measured(monkeypatch):
     monkeypatch.setattr(humanoid, "UPDATES", 2)
     monkeypatch.setattr(humanoid, "STEPS_ALONE", 4)
     assert humanoid.time_recipe() > 0 and humanoid.time_simulator() > 0
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr(humanoid.time, "perf_counter", lambda: next(clock))
+    assert humanoid.time_simulator() == 4 * 4 / 2.0  # four steps of four environments
 
 
 def write_tables(folder: Path, done: dict[tuple[str, int], float]) -> None:
@@ -737,3 +838,21 @@ def test_the_flags_of_all_runs_are_flags_of_their_trainers():
         (args,) = call.crowd
         assert args.total_timesteps == 1000 and args.env_id == "Humanoid-v4"
     assert [call.crowd[0].seed for call in planned[:3]] == [1, 2, 3]
+
+
+def test_every_ablation_is_the_recipe_but_for_what_it_says():
+    changes = {}
+    for call in humanoid.calls(list(humanoid.SETTINGS), humanoid.STEPS):
+        if call.trainer == humanoid.AGENT:
+            own, recipe = vars(call.crowd[0]), vars(Args())
+            ignored = ("seed", "run_dir", "checkpoint_every")
+            names = [x for x in own if x not in ignored and own[x] != recipe[x]]
+            changes[call.labels["run"]] = {name: own[name] for name in names}
+    assert changes == {
+        "recipe": {},
+        "fixed-lr": {"adapt_lr": False},
+        "raw-values": {"norm_values": False, "value_clip": None},
+        "no-value-clip": {"value_clip": None},
+        "sigma-1": {"log_std": 0.0},
+        "8-actors": {"num_envs": 8},
+    }

@@ -308,9 +308,11 @@ def test_what_a_crowd_carries_on_from_update_to_update_is_what_the_script_does(
     rollouts = [rollout, rollout, rollout | {"rewards": rewards}]
     seen = []
 
+    kl_of_seed = {1: 0.1, 2: 0.001}  # beta doubles, beta is halved
+
     def crowd_update(agents, batches, betas, alive, lr, **_):
         seen.append((lr, betas, batches))
-        return [{"kl_after_update": 0.1} for _ in agents], alive
+        return [{"kl_after_update": kl_of_seed[args.seed]} for args in crowd], alive
 
     with monkeypatch.context() as patch:
         replay(patch, *rollouts)
@@ -322,9 +324,9 @@ def test_what_a_crowd_carries_on_from_update_to_update_is_what_the_script_does(
     for i, args in enumerate(crowd):
         seen.clear()
 
-        def update(optimizer, beta, batch, **_):
+        def update(optimizer, beta, batch, args, **_):
             seen.append((optimizer.param_groups[0]["lr"], beta, batch))
-            return {"kl_after_update": 0.1}
+            return {"kl_after_update": kl_of_seed[args.seed]}
 
         with monkeypatch.context() as patch:
             replay(patch, *[{name: x[:, i : i + 1] for name, x in r.items()} for r in rollouts])
@@ -338,7 +340,10 @@ def test_what_a_crowd_carries_on_from_update_to_update_is_what_the_script_does(
             for name, x in batch.items():
                 torch.testing.assert_close(batches[i][name], x, rtol=1e-4, atol=1e-4)
         assert [lr for lr, *_ in seen] == pytest.approx([3e-3, 2e-3, 1e-3])
-        assert [beta for _, beta, _ in seen] == [1, 2, 4]
+        expected = {1: [1, 2, 4], 2: [1, 0.5, 0.25]}[args.seed]
+        assert [beta for _, beta, _ in seen] == expected
+        charts = rows(tmp_path / "crowd" / lockstep.agent_name(args) / "metrics.csv")
+        assert [float(row["charts/beta"]) for row in charts] == expected
 
 
 def test_a_policy_that_the_fast_one_does_not_follow_is_refused(monkeypatch, tmp_path):
@@ -387,22 +392,31 @@ def random_batch(agent: ppo.Agent, rng: torch.Generator) -> dict:
     }
 
 
-def learn(
-    crowd: list[Args], parts: list[dict], batches: list[dict], compiling=False, first=0
-) -> tuple:
-    """An update. Each agent has orders of its own, in every call the same: those from the first."""
-    agents = [mine["agent"] for mine in parts]
+def orders_of(crowd: list[Args]) -> list[torch.Tensor]:
+    """Of the rows, in three epochs: each agent has its own, in every call the same."""
     torch.manual_seed(0)
-    orders = [torch.stack([torch.randperm(64) for _ in range(3)])[first:] for _ in crowd]
+    return [torch.stack([torch.randperm(64) for _ in range(3)]) for _ in crowd]
+
+
+def learn(
+    crowd: list[Args],
+    parts: list[dict],
+    batches: list[dict],
+    compiling=False,
+    first=0,
+    betas=None,
+) -> tuple:
+    """An update, with the orders of rows from epoch `first` on."""
+    agents = [mine["agent"] for mine in parts]
     return lockstep.update(
         steps=lockstep.make_steps(agents, crowd, compiling),
         agents=agents,
         optimizers=[mine["optimizer"] for mine in parts],
         batches=batches,
-        betas=[1.0] * len(crowd),
+        betas=betas or [1.0] * len(crowd),
         alive=[True] * len(crowd),
         crowd=crowd,
-        orders=orders,
+        orders=[order[first:] for order in orders_of(crowd)],
         lr=3e-3,
     )
 
@@ -429,8 +443,61 @@ def test_two_updates_are_one_of_as_many_epochs():
         same(one, other)
 
 
+def test_a_step_that_is_not_taken_changes_nothing():
+    """Agent 1 meets a NaN in its first minibatch, agent 2 has a single transition in its own."""
+    crowd = crowd_of(norm_adv="none", update_epochs=1)
+    actors = ppo.Actors(crowd[0], len(crowd))
+    parts = [ppo.begin(args, actors, None)[1] for args in crowd]
+    before = [flat(mine["agent"]).clone() for mine in parts]
+    rng = torch.Generator().manual_seed(0)
+    batches = [random_batch(mine["agent"], rng) for mine in parts]
+    first_rows = [order[0, :16] for order in orders_of(crowd)]
+    batches[1]["valid"][first_rows[1][0]] = True
+    batches[1]["returns"][first_rows[1][0]] = math.nan
+    batches[2]["valid"][first_rows[2]] = False
+    batches[2]["valid"][first_rows[2][0]] = True
+    _, alive = learn(crowd, parts, batches)
+    assert alive == [i != 1 for i in range(len(crowd))]
+    assert torch.equal(flat(parts[1]["agent"]), before[1])
+    states = [next(iter(mine["optimizer"].state.values())) for mine in parts]
+    assert [int(state["step"]) for state in states] == [4, 0, 3, *[4] * (len(crowd) - 3)]
+    assert not states[1]["exp_avg"].any() and not states[1]["exp_avg_sq"].any()
+
+
+def test_every_agent_learns_with_its_own_beta():
+    crowd = crowd_of([1], ["kl:1", "adaptive:0.01"])
+    actors = ppo.Actors(crowd[0], len(crowd))
+    results = []
+    for betas in ([1.0, 1.0], [1.0, 64.0]):
+        parts = [ppo.begin(args, actors, None)[1] for args in crowd]
+        rng = torch.Generator().manual_seed(0)
+        batches = [random_batch(mine["agent"], rng) for mine in parts]
+        learn(crowd, parts, batches, betas=betas)
+        results.append([flat(mine["agent"]) for mine in parts])
+    same_beta, other_beta = zip(*results, strict=True)
+    assert torch.equal(*same_beta) and not torch.equal(*other_beta)
+
+
+def test_an_update_ends_after_the_epoch_whose_mean_kl_is_too_large():
+    """0.1 in the first of three epochs, 0.6 in the second: the mean of both is below 0.5."""
+    kls = iter([0.1, 0.1, 0.6, 0.6, 0.6, 0.6])
+
+    def step(learner, *_):
+        sums = {"steps": learner["sums"]["steps"] + 1}
+        sums["approx_kl"] = learner["sums"]["approx_kl"] + next(kls)
+        return learner | {"sums": sums}
+
+    args = replace(crowd_of([1], ["none"])[0], num_minibatches=2, target_kl=0.5)
+    zero = torch.zeros(1)
+    learner = {"t": zero, "active": zero == 0, "sums": {"steps": zero, "approx_kl": zero}}
+    batch = {"valid": torch.ones(1, 8, dtype=torch.bool)}
+    orders = torch.arange(8).expand(1, 3, 8)
+    learner = lockstep.update_group(step, learner, {}, batch, orders, zero, zero, zero, args)
+    assert learner["sums"]["steps"] == 4 and not learner["active"].any()
+
+
 @pytest.mark.parametrize("where", ["returns", "advantages", "obs"])
-def test_an_agent_that_is_not_finite_keeps_its_weights_and_harms_nobody(where):
+def test_an_agent_that_is_not_finite_keeps_finite_weights_and_harms_nobody(where):
     crowd = crowd_of(norm_adv="none")
     actors = ppo.Actors(crowd[0], len(crowd))
     results = []
@@ -615,10 +682,38 @@ def test_a_nan_from_one_agents_simulator_freezes_that_agent(source, tmp_path, mo
             same(mine, theirs)
             assert one["eval_return_mean"] == other["eval_return_mean"]
     saved = ppo.load_checkpoint(tmp_path / "spoiled/clip-0.2__2/checkpoint.pt")
+    monkeypatch.setattr(ppo, "collect", collect)
+    train(tmp_path / "one", env_id="Pendulum-v1", total_timesteps=64)
+    one = ppo.load_checkpoint(tmp_path / "one/clip-0.2__2/checkpoint.pt")
+    same(saved["agent"], one["agent"])  # nothing is learned any more
     # its statistics are those of the first update
     assert saved["return_stats"]["count"] == saved["agent"]["obs_stats.count"] == 64
     frozen = rows(tmp_path / "spoiled" / "clip-0.2__2" / "metrics.csv")
     assert [row["losses/policy_loss"] == "" for row in frozen] == [False, True, True]
+
+
+def test_an_evaluation_that_is_not_finite_costs_that_agent_alone(tmp_path, monkeypatch, capsys):
+    play_once = lockstep.play_once
+
+    def spoil(play, actors, seeds, *rest):
+        returns = play_once(play, actors, seeds, *rest)
+        assert len(returns) == 8 * 2  # two episodes of each agent; the second one's are spoiled
+        return [*returns[:2], math.nan, *returns[3:]]
+
+    monkeypatch.setattr(lockstep, "play_once", spoil)
+    train(tmp_path / "run", env_id="Pendulum-v1", total_timesteps=64)
+    assert "not finite: clip-0.2__2" in capsys.readouterr().out
+    for args in crowd_of():
+        name = lockstep.agent_name(args)
+        (summary,) = json.loads((tmp_path / "run" / name / "summary.json").read_text())
+        assert (summary["eval_return_mean"] is None) == (name == "clip-0.2__2")
+
+
+def test_a_crowd_that_goes_on_has_the_flags_of_its_folder(tmp_path):
+    train(tmp_path / "run", env_id="Pendulum-v1", total_timesteps=64)
+    args, seeds, objectives, _ = lockstep.load_run(str(tmp_path / "run"))
+    with pytest.raises(ppo.UserError, match="resume stands alone"):
+        lockstep.train(replace(args, gamma=0.5), seeds, objectives)
 
 
 def test_a_crowd_of_none_but_frozen_agents_stops(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
@@ -585,6 +586,15 @@ def test_untrained_policies_score_as_others_measured(whole):
     assert -115 < told["Reacher-v4", "gaussian", "1"] < -85
     assert 5 < told["InvertedPendulum-v4", "uniform", "1"] < 7.5
     assert 6 < told["InvertedPendulum-v4", "gaussian", "1"] < 19
+
+
+def test_the_first_episode_of_every_actor_counts_for_an_untrained_policy(monkeypatch):
+    ends = iter([[(0, 1.0, 1)], [(0, 2.0, 1)], [(1, 7.0, 3)]])
+    actors = SimpleNamespace(num_envs=2, restart=lambda seeds: None, close=lambda: None)
+    actors.envs = SimpleNamespace(single_action_space=gym.spaces.Box(-1, 1, (1,)))
+    actors.step = lambda actions: (None, next(ends))
+    monkeypatch.setattr(grids.ppo, "Actors", lambda args, count: actors)
+    assert grids.uniform([grids.ppo.Args(eval_episodes=2)]) == [[1.0, 7.0]]
 
 
 def test_every_seed_has_untrained_policies_of_its_own(tmp_path):

@@ -22,10 +22,11 @@ k.z = delta.
 
 Environments, steps, RMSprop, c1, c2 and the gradient's norm are those of OpenAI's a2c (August
 2017), delta and the share of the average those of its acer. Both are for discrete actions. It is a
-guess that the unpublished continuous code of Figure 3 had the same ones. Two more guesses: networks
-of their own for policy and value (OpenAI's a2c has one network with two heads), and a trust region
-of mu and log sigma together. The step size of the paper may have been larger: with 2.1e-3 the
-double pendulum ends at 7,130 on average, there at 6,681 (benchmark/results/figure3).
+guess that the unpublished continuous code of Figure 3 had the same ones. More guesses: standardised
+observations, networks of their own for policy and value (OpenAI's a2c has one network with two
+heads), and a trust region of mu and log sigma together. The step size of the paper may have been
+larger: with 2.1e-3 the double pendulum ends at 7,130 on average, there at 6,681
+(benchmark/results/figure3).
 
 RMSprop there is TensorFlow's: its average of squares starts at ONE, so the first steps are short,
 and eps stands under the root. PyTorch's starts at zero: its first step is ten step sizes long for

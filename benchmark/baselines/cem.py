@@ -16,8 +16,8 @@ renewed at every step of the first generation, since nothing is known of the obs
 later after each generation, so that all its candidates play under the same one.
 
 Another guess is that actions are clipped to their bounds, which modular_rl does not do. The paper's
-curves begin at a return of -95 on Reacher and -592 on HalfCheetah. Our first generation is near
-both; without clipping (--no-clip-actions) Reacher begins below -440. Both tasks subtract the
+curves begin at a return of -95 on Reacher and -592 on HalfCheetah. Our first generation is a little
+above both; without clipping (--no-clip-actions) Reacher begins below -440. Both tasks subtract the
 squared action from the reward, and weights this random send large actions.
 
 Later the paper's curve stays far below ours on Reacher and on the double pendulum. With normal
