@@ -98,7 +98,7 @@ class Args:
     total_timesteps: int | None = None  # answers sampled, in whole updates; None: as the task says
     num_prompts: int = 64  # questions per update (P)
     group_size: int = 8  # answers to each question (G)
-    temperature: float = 1.0  # divides the logits where answers are sampled or scored
+    temperature: float = 1.0  # divides the logits of answers sampled or scored; not in warm-up
     warmup_steps: int | None = None  # supervised steps before RL; None: as the task says
 
     baseline: Literal["group", "batch", "leave-one-out", "none"] = "group"  # whose mean to subtract

@@ -4,7 +4,7 @@
     python benchmark/atari.py --runs pong           # Pong for 3M steps, all else at its default:
                                                     # bfloat16 where the CPU has it
     python benchmark/atari.py --runs pong-float32   # the same without bfloat16
-    python benchmark/atari.py --runs bfloat16       # 1M steps, too few for the schedules
+    python benchmark/atari.py --runs bfloat16       # 1M steps; full schedules need more
     python benchmark/atari.py --report              # the report alone, from the CSVs
 
 Runs live in runs/atari/. One that was interrupted goes on at its last checkpoint, a finished one is
@@ -87,9 +87,9 @@ def summarise(row: pd.Series) -> dict:
 NOTE = """
 Returns are whole games in the game's own points. "Last 100" are the last ones of training, \
 "evaluation" is greedy, on
-seeds that training never used; a threshold is for the mean of 100 consecutive training games. \
-Runs may have shared the
-machine, so hours and steps/s are no measurement of speed.
+seeds that training never used, and +- the deviation over its games; a threshold is for the mean \
+of 100 consecutive training
+games. Runs may have shared the machine, so hours and steps/s are no measurement of speed.
 """
 
 
@@ -106,7 +106,8 @@ def report() -> None:
         lines = plot.groups_of(points[points["run"].isin(mine["run"])], "run", "episodic_return")
         threshold = TASKS[mine["run"].iloc[0]].threshold
         plot.draw(RESULTS / f"{group}.png", {mine["env_id"].iloc[0]: lines}, threshold)
-    text += f"\n{sweep.describe(runs, 'gymnasium')}; envpool {runs['envpool'].iloc[0]}\n\n"
+    envpool = sweep.listed(runs, ["envpool"])
+    text += f"\n{sweep.describe(runs, 'gymnasium')}; {envpool}\n\n"
     text += markdown([summarise(row) for _, row in runs.iterrows()]) + NOTE
     missing = [name for name in TASKS if name not in set(runs["run"])]
     text += "\nNot run yet:\n\n" if missing else ""

@@ -189,7 +189,7 @@ def compared(script, train: Callable, device: str, variants: dict[str, dict]) ->
             worst = []
             for before, after, mine in zip(starts, starts[1:], replay.ends[1:], strict=False):
                 worst.append(((mine - after).norm() / (after - before).norm()).item())
-            differences["weights"] = max(worst)
+            differences["weights"] = np.max(worst).item()  # NaN where one of them is
             for name, cpu in losses.items():
                 scale = max(np.abs(cpu).max(), 1e-30)
                 differences[name] = np.abs(cpu - seen[name]).max() / scale
@@ -489,6 +489,11 @@ def device_of(row: dict) -> str:
     return row["card"] if row["device"] == "cuda" else "CPU"
 
 
+def size_of_difference(row: dict) -> float:
+    """Infinite where there is none, and where it is NaN: the worst of all."""
+    return np.nan_to_num(float(row["difference"] or "inf"), nan=np.inf)
+
+
 def shown_difference(row: dict) -> str:
     """A difference and what it is one of; why there is none, where there is none."""
     return f"{float(row['difference']):.1e}, {row['of']}" if row["difference"] else row["error"]
@@ -513,7 +518,7 @@ def report(rows: list[dict], checks: list[dict]) -> str:
         table = []
         for title, mine in lines.items():
             others = [row for row in mine if row["of"] != "weights"]
-            worst = max(others or mine, key=lambda row: float(row["difference"] or "inf"))
+            worst = max(others or mine, key=size_of_difference)
             weights = [row["difference"] for row in mine if row["of"] == "weights"]
             passed = all(row["passed"] == "True" for row in mine)
             line = {

@@ -289,13 +289,18 @@ def uniform(crowd: list[ppo.Args]) -> list[list[float]]:
     return np.reshape([returns[i] for i in range(actors.num_envs)], (len(crowd), -1)).tolist()
 
 
-def random_returns(path: Path, tasks: list[str], policy: str) -> np.ndarray:
+def random_returns(
+    path: Path, tasks: list[str], policy: str, seeds: list[int] | None = None
+) -> np.ndarray:
     """The mean return of a policy in each task, over the rows of random.csv: [K].
 
+    seeds: whose rows; None: of all seeds that are there.
     Raises UserError where there is none, and OSError where there is no such file.
     """
     rows = sweep.read(path)
     rows = rows[rows["policy"] == policy]
+    if seeds is not None:
+        rows = rows[rows["seed"].astype(int).isin(seeds)]
     found = rows["mean_return"].astype(float).groupby(rows["env_id"]).mean()
     for task in tasks:
         if task not in found:

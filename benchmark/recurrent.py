@@ -113,8 +113,8 @@ def report() -> None:
     text += f"\n{sweep.describe(runs, 'gymnasium')}\n\n{markdown(table)}{NOTE}"
     sps = runs.assign(sps=numbers(runs["sps"])).pivot(index="seed", columns="policy", values="sps")
     slower = sps["feed-forward"] / sps["recurrent"]
-    text += "\nWith the memory, a run of the same seed, made just before or after, was "
-    text += f"{slower.median():.1f} times slower per step ({slower.min():.1f} to "
+    text += "\nWith the memory, a run of the same seed, made just before or after, took "
+    text += f"{slower.median():.1f} times as long per step ({slower.min():.1f} to "
     text += f"{slower.max():.1f}).\n\n![Learning curves](curves.png)\n"
     (RESULTS / "summary.md").write_text(text)
     points = sweep.read(RESULTS / "curves.csv")

@@ -132,8 +132,8 @@ def is_seen(
     """Whether permutation_test() sees such a difference of means at this two-sided level.
 
     With this power, if each side has so many seeds, runs spread within a task as x, y [K, S] do,
-    and the difference varies between tasks as theirs does. What varies so widens the deals, and
-    then less is seen. By normal approximations.
+    and the difference varies between tasks as theirs does. (The more it varies, the wider is the
+    distribution of the permutations, and the less is seen.) By normal approximations.
     """
     tasks = len(x)
     within = x.var(-1, ddof=1) + y.var(-1, ddof=1)  # [K]

@@ -119,7 +119,7 @@ def first_update_seconds(folder: Path, args) -> float:
 def learned(model, args) -> dict:
     """A model of Stable-Baselines3, SBX or sb3-contrib, timed over as many steps as ours.
 
-    After a learn() of two rollouts.
+    The first learn() is of one rollout. A second one is timed nowhere: it may still warm up.
     """
     start = time.perf_counter()
     model.learn(args.batch_size)
@@ -220,7 +220,7 @@ def script(total_timesteps: int, threads: int, /, flags: str = "", warm: bool = 
 
 
 def of_process(speed: float) -> dict:
-    """What a contestant says whose work was done by processes that it started."""
+    """The numbers of a contestant who worked in processes of its own."""
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return {"steps_per_second": speed, "first_update_seconds": None, "memory_gb": memory}
 
@@ -248,10 +248,7 @@ def cartpoles(total_timesteps: int, threads: int) -> dict:
 
 
 def cheetah(total_timesteps: int) -> tuple:
-    """The flags of the modern preset, and HalfCheetah-v4 with the same normalisation.
-
-    In Stable-Baselines3's way.
-    """
+    """The flags of the modern preset, and Stable-Baselines3's HalfCheetah-v4, normalised alike."""
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 

@@ -142,14 +142,14 @@ def estimate(
 
 
 def two_digits(score: float) -> str:
-    """Of the paper's: empty where it has none."""
+    """A score of the paper; empty where it has none."""
     return "" if pd.isna(score) else f"{score:.2f}"
 
 
 def tell_scores(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
     """The normalised scores of a grid without a gap.
 
-    runs: by cell. Draws scores.png, and writes the first of the text as scores.md too.
+    runs: by cell. Draws scores.png. The first table goes into scores.md, too.
     """
     raw = raw_returns(runs, grid)
     resampled = scores.resample(raw)
@@ -175,7 +175,8 @@ def tell_scores(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
         explained += f"{SCALE_LINK}.\n"
     if grid.objectives == OBJECTIVES["paper"]:
         explained += "\nThe intervals of the correlations are those of our runs alone: the paper's "
-        explained += "scores count as exact.\n"
+        explained += "scores count as exact.\nThey lie too low: a resample has the noise of the "
+        explained += "runs twice, and noise lowers a correlation.\n"
     return f"""## Scores
 
 {text}
@@ -290,7 +291,8 @@ def freeze_scale(folder: Path) -> None:
     table = sweep.Table(folder, LAYOUT)
     grids.check(table, PLANNED_FLAGS)
     raw = raw_returns(fill_gaps(table.by_key())[0], PLAN)
-    untrained = sweep.read(folder / "random.csv").query("policy == 'gaussian'")
+    path = folder / "random.csv"
+    untrained = sweep.read(path).query("policy == 'gaussian'")
     measured = set(zip(untrained["env_id"], untrained["seed"].astype(int), strict=True))
     missing = sorted(set(itertools.product(PLAN.tasks, PLAN.seeds)) - measured)
     if missing:
@@ -298,7 +300,7 @@ def freeze_scale(folder: Path) -> None:
         raise UserError(f"random.csv has no Gaussian policy for {what}; run it without --report")
     rows = {
         "env_id": PLAN.tasks,
-        "zero": grids.random_returns(folder / "random.csv", PLAN.tasks, "gaussian"),
+        "zero": grids.random_returns(path, PLAN.tasks, "gaussian", PLAN.seeds),
         "one": scores.best_returns(raw, "run"),
     }
     sweep.write(SCALE, pd.DataFrame(rows))
@@ -369,7 +371,10 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> s
     if not math.isnan(correlation):
         paired = "Runs of one seed start alike: the scores of two objectives with one seed "
         paired += f"correlate by {correlation:.2f} on average. Intervals and tests "
-        paired += "treat them as independent.\n"
+        paired += "treat them as independent"
+        if correlation > 0:
+            paired += ", which makes intervals too wide and p too large"
+        paired += ".\n"
     strictest = ""
     if len(others) > 1:
         strictest = f"; then at 5% / {len(others)}, which the first of {len(others)} tests must "
@@ -793,7 +798,9 @@ def report(folder: Path, asked: Grid, settings: list[str]) -> None:
         text += f"All {len(runs)} runs are in: {shape}."
     else:
         text += f"**PARTIAL: {len(runs)} of {len(grid.cells)} runs are in** ({shape})."
-    if scored is None:
+    if len(grid.objectives) == 1:
+        text += " No scores: they compare objectives."
+    elif scored is None:
         text += " No scores yet."
     elif scored != grid:
         text += f" Scored is {'the plan' if whole else 'what has no gap'}: "

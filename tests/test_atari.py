@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -380,6 +381,13 @@ def rolled_out(module, steps: int, num_envs: int, seed: int = 0, agent=None, **f
     noise = torch.from_numpy(module.draw_noise((steps, num_envs, actions), rng))
     rollout, games = module.collect(agent, actors, noise)
     return rollout, games, agent
+
+
+def test_the_actions_of_a_rollout_are_samples_of_the_policy_in_it():
+    rollout, _, _ = rolled_out(ppo, 16, 4)
+    noise = ppo.draw_noise((16, 4, 4), torch.Generator().manual_seed(0))
+    samples = (rollout["log_probs"] + torch.from_numpy(noise)).argmax(-1)
+    assert torch.equal(rollout["actions"], samples) and len(samples.unique()) == 4
 
 
 def check_the_first_minibatch_has_ratio_1(module: ModuleType, bfloat16: bool = False) -> None:
@@ -916,6 +924,39 @@ def test_evaluation_is_repeatable_and_captures_the_screen(finished, main, tmp_pa
         assert video.read_bytes()[4:8] == b"ftyp" and video.stat().st_size > 3000
 
 
+@pytest.mark.parametrize("sample", [True, False])
+def test_every_step_of_an_evaluation_has_its_own_noise_or_none(sample, lights, monkeypatch):
+    """Each of the four games has eight steps."""
+    noises, act = [], ppo.act
+
+    def watched(agent, obs, noise):
+        noises.append(noise.copy())
+        return act(agent, obs, noise)
+
+    monkeypatch.setattr(ppo, "act", watched)
+    lights.sample_actions = sample
+    ppo.evaluate(Agent(3), lights, Path())
+    rng = torch.Generator().manual_seed(2**30 + ppo.stream(1, "evaluation"))
+    expected = [ppo.draw_noise((4, 3), rng) * sample for _ in range(8)]
+    np.testing.assert_array_equal(noises, expected)
+
+
+def test_a_weight_that_is_not_finite_stops_the_run(lights, monkeypatch):
+    update = ppo.update
+
+    def spoil(agent, **rest):
+        losses = update(agent=agent, **rest)
+        with torch.no_grad():
+            agent.critic.bias[0] = math.nan
+        return losses
+
+    monkeypatch.setattr(ppo, "update", spoil)
+    lights.total_timesteps = 128
+    with pytest.raises(ppo.NonFiniteError, match="weights not finite in update 1"):
+        ppo.train(lights)
+    assert not (Path(lights.run_dir) / "checkpoint.pt").exists()
+
+
 def test_an_evaluation_takes_the_first_game_of_each_console(lights, monkeypatch):
     ended = iter([[(0, 1.0, 5)], [(0, 9.0, 5)], [(1, 2.0, 9)]])
     real = Actors.step
@@ -1064,7 +1105,6 @@ def test_an_action_masked_in_the_agent_is_never_taken_and_learning_stays_finite(
         assert all(math.isfinite(float(row[name])) for name in row if name.startswith("losses/"))
     obs = np.random.default_rng(0).integers(0, 256, (64, 4, 84, 84), np.uint8)
     agent.actor.bias.data[2] = 1e9
-    torch.save(agent.state_dict(), tmp_path / "weights")
     policy = module.load_policy(str(run), sample_actions=True)
     actions = [module.act(agent, obs), policy(obs), policy(obs)]
     assert 2 not in np.concatenate(actions)
@@ -1082,6 +1122,18 @@ def test_a_metric_added_to_the_loss_changes_nothing_that_is_learned(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- errors
+def test_every_number_among_the_flags_has_its_limits():
+    limited = [name for names in ppo.LIMITS.values() for name in names]
+    numbers = {flag.name for flag in fields(Args) if flag.type in checks.NUMBERS}
+    assert len(limited) == len(set(limited)) and set(limited) == numbers
+
+
+def test_a_run_may_go_on_with_other_threads(finished, main, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    code, _, err = main("--resume", "run", "--threads", 2)
+    assert code == 0 and "threads 2;" in err[0]
+
+
 FLAGS = {
     "--env-id Breakot-v5": "'Breakot-v5' is none of EnvPool's Atari games, such as Pong-v5; did you"
     " mean Breakout-v5?",

@@ -294,6 +294,15 @@ def test_interval_is_the_bootstrap_of_the_mean_over_seeds():
 
 
 # --------------------------------------------------------------------------------------- CLASSIC
+def test_a_seed_that_never_reaches_the_threshold_is_the_slowest():
+    cells = {"env_id": "CartPole-v1", "last_100_return": "500", "eval_return_mean": "500"}
+    steps = ["100", "", ""]
+    runs = pd.DataFrame([cells | {"first_step_at_threshold": x} for x in steps])
+    told = classic.summarise("cartpole", runs)
+    assert told["seeds that reach it"] == "1 of 3"
+    assert told["steps to threshold, median"] == "never"
+
+
 def test_first_step_at_threshold_needs_a_hundred_episodes(tmp_path):
     returns = {10: np.nan, 20: 600, 30: 475, 40: 474.9, 50: 475.0, 60: 500}
     metrics = pd.DataFrame(returns.items(), columns=["global_step", plot.RETURN])
@@ -530,6 +539,57 @@ def test_speed_gives_peers_our_settings(monkeypatch):
     for norm_adv, expected in (("minibatch", True), ("none", False)):
         args = speed.ppo_continuous.Args(norm_adv=norm_adv)
         assert speed.common(args)["normalize_advantage"] is expected
+
+
+def test_peers_do_the_work_of_our_flags():
+    args = speed.ppo_cartpole.Args()
+    told = speed.common(args)
+    assert told.pop("learning_rate")(0.25) == 0.25 * args.learning_rate
+    assert told == {
+        "n_steps": 64,
+        "batch_size": 64,  # 32 actors x 64 steps in 32 minibatches
+        "seed": 1,
+        "n_epochs": 4,
+        "gamma": args.gamma,
+        "gae_lambda": args.gae_lambda,
+        "clip_range": 0.2,
+        "ent_coef": args.ent_coef,
+        "vf_coef": args.vf_coef,
+        "max_grad_norm": args.max_grad_norm,
+        "normalize_advantage": True,
+    }
+
+
+def test_the_first_updates_of_a_peer_do_not_count(monkeypatch):
+    """It takes 50 seconds to begin, and learns from 100 steps in a second."""
+    clock, calls = [0.0], []
+
+    class Model:
+        def learn(self, steps):
+            clock[0] += steps / 100 + 50 * (not calls)
+            calls.append(steps)
+            self.num_timesteps = steps
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    args = speed.ppo_cartpole.Args(total_timesteps=3 * 2048)
+    told = speed.learned(Model(), args)
+    assert calls == [2048, 2048, 4096]
+    assert told["steps_per_second"] == pytest.approx(100)
+    assert told["first_update_seconds"] == pytest.approx(70.48)
+
+
+def test_a_check_of_the_gpu_agrees_where_all_of_it_does():
+    about = {"check": "c", "started": "2026-01-01", "git_commit": "x", "card": "H100", "bound": "1"}
+    differences = {"weights": ("0.5", "False"), "losses/a": ("1e-6", "True")}
+    differences |= {"losses/b": ("2e-6", "True")}
+    checks = [
+        about | {"of": name, "difference": x, "passed": passed, "error": "", "device": "cuda"}
+        for name, (x, passed) in differences.items()
+    ]
+    text = gpu.report([], checks)
+    assert "| 5.0e-01 | 2.0e-06, losses/b | DOES NOT AGREE |" in text
+    checks.append(checks[1] | {"of": "losses/c", "difference": "nan", "passed": "False"})
+    assert "| nan, losses/c | DOES NOT AGREE |" in gpu.report([], checks)
 
 
 def test_speed_adds_up_the_agents_of_a_crowd(monkeypatch):

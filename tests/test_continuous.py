@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +56,17 @@ SHARED = "def layer_init(|def gae(|class Objective(|def ppo_loss(|def total_loss
 def test_the_algorithm_is_the_same_text_in_the_ppo_scripts(script, start):
     ours, theirs = (text_between(name, start, "\n\n\n") for name in ("ppo_cartpole.py", script))
     assert len(ours) > 100 and ours == theirs
+
+
+WITH_CARTPOLE = "standardise gradient split_batch update one_vector torch_threads evaluate_run"
+WITH_CARTPOLE += " space_checkpoints checkpoint_due check_evaluation"
+
+
+@pytest.mark.parametrize("name", WITH_CARTPOLE.split())
+def test_what_it_shares_with_cartpole_alone_is_the_same_text(name):
+    scripts = ("ppo_cartpole.py", "ppo_continuous.py")
+    ours, theirs = (text_between(script, f"\ndef {name}(", "\n\n\n") for script in scripts)
+    assert len(ours) > 70 and ours == theirs
 
 
 # ---------------------------------------------------------------------------------- mathematics
@@ -252,6 +264,10 @@ def test_both_backends_end_episodes_alike(backend, env_id, terminates):
         assert ended.nonzero().tolist() == [[999, 0], [999, 1]]
         assert not rollout["terminated"].any() and [e[2] for e in episodes] == [1000, 1000]
         assert (rollout["obs"][1001].abs() < 1).all() and (rollout["obs"][1000].abs() > 1).any()
+    for i in (0, 1):
+        mine = [episode for episode in episodes if episode[0] % 2 == i]
+        steps = rollout["valid"][: mine[-1][0] // 2 + 1, i].sum()  # until the last one's end
+        assert sum(length for *_, length in mine) == steps
     row, episode_return, _ = next(e for e in episodes if e[0] % 2 == 0)
     assert episode_return == pytest.approx(
         rollout["rewards"][: row // 2 + 1, 0].sum().item(), rel=1e-4
@@ -265,6 +281,56 @@ def test_a_run_begins_with_adam_two_streams_and_the_agent_of_its_flags():
     checks.check_parts(ppo, parts, 3)
     assert parts["agent"].obs_clip == 3.0 and parts["agent"].log_std.tolist() == [0.5]
     assert ppo.Agent(3, 2, 10.0, log_std=-1).log_std.tolist() == [-1.0, -1.0]  # a whole number
+
+
+def test_a_run_keeps_the_bounds_that_its_actions_have():
+    for clip, bound in ((True, 2.0), (False, math.inf)):
+        args = small(env_id="Pendulum-v1", clip_actions=clip)
+        state, _ = ppo.begin(args, ppo.Actors(args, 1), None)
+        assert (state["low"], state["high"]) == ([-bound], [bound])
+
+
+def test_the_chart_of_sigma_is_that_of_the_agent(tmp_path):
+    flags = {"env_id": "Pendulum-v1", "log_std": -0.5, "total_timesteps": 64}
+    agent, _ = ppo.train(small(**flags, run_dir=str(tmp_path / "run")))
+    (row,) = rows(tmp_path / "run/metrics.csv")
+    sigma = agent.log_std.exp().mean().item()
+    assert float(row["charts/action_std"]) == pytest.approx(sigma, rel=1e-6)
+
+
+def test_the_metrics_after_an_update_are_of_all_transitions():
+    agent, batch = checks.random_batch(ppo, 64, resets=0.3)
+    with torch.no_grad():
+        agent.log_std += 0.2
+    valid = {name: x[batch["valid"]] for name, x in batch.items()}
+    with torch.no_grad():
+        mean, log_std = agent.policy(valid["obs"])
+    old, new = Normal(valid["mean"], valid["log_std"].exp()), Normal(mean, log_std.exp())
+    error = np.var((valid["returns"] - valid["values"]).numpy())
+    assert ppo.batch_metrics(agent, batch) == pytest.approx(
+        {
+            "kl_after_update": kl_divergence(old, new).sum(-1).mean().item(),
+            "explained_variance": 1 - error / np.var(valid["returns"].numpy()),
+        },
+        rel=1e-4,
+        abs=1e-6,
+    )
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_every_step_of_an_evaluation_has_its_own_noise_or_none(sample, tmp_path, monkeypatch):
+    """Two episodes of 200 steps; each has a stream of its own."""
+    drawn, draw_noise = [], ppo.draw_noise
+
+    def watched(shape, rng):
+        drawn.append(rng.initial_seed())
+        return draw_noise(shape, rng)
+
+    monkeypatch.setattr(ppo, "draw_noise", watched)
+    args = small(env_id="Pendulum-v1", sample_actions=sample)
+    ppo.evaluate(Agent(3, 1, obs_clip=10.0, log_std=0.0), args, tmp_path)
+    first = 2**30 + ppo.stream(1, "evaluation")
+    assert drawn == ([first] * 200 + [first + 1] * 200) * sample
 
 
 @pytest.mark.parametrize(("objective", "anneal_lr"), checks.SCHEDULES)
@@ -502,6 +568,12 @@ def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------- the flags
+def test_every_number_among_the_flags_has_its_limits():
+    limited = [name for names in ppo.LIMITS.values() for name in names]
+    numbers = {flag.name for flag in fields(Args) if flag.type in checks.NUMBERS}
+    assert len(limited) == len(set(limited)) and set(limited) == numbers
+
+
 def test_presets_are_flags_and_nothing_else():
     assert preset("modern") == Args() == ppo.parse_args([])
     paper = preset("paper", env_id="Hopper-v4", gamma=0.9)

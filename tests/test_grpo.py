@@ -408,6 +408,13 @@ def written(agent, task, questions=8, answers=16, temperature=1.0, module=grpo) 
     return {"prompts": prompts} | sampled
 
 
+def test_the_first_policy_is_nearly_uniform():
+    agent, prompts = Agent(12, 12), TASKS["sort"].encode(TASKS["sort"].prompts[:64])
+    with torch.no_grad():
+        log_probs = agent(prompts)[0].log_softmax(-1)
+    assert grpo.entropy_of(log_probs).mean() > math.log(12) - 0.05
+
+
 def test_the_agent_has_about_a_hundred_thousand_weights():
     for task in TASKS.values():
         count = sum(w.numel() for w in policy(task).parameters())
@@ -611,6 +618,9 @@ def test_the_metrics_of_a_batch_by_hand():
     by_hand = {
         "reward": 0.625,
         "frac_right": 0.5,
+        "frac_all_right": 0.0,
+        "frac_all_wrong": 0.0,
+        "frac_reward_zero_std": 0.0,
         "completions/clipped_ratio": 0.25,
         "completions/mean_length": 2.25,
         "completions/mean_terminated_length": 2.0,
@@ -738,6 +748,41 @@ def test_the_warm_up_of_countdown_knows_nothing_of_the_target():
 
 
 # --------------------------------------------------------------------------------------- the runs
+DEFAULTS = {
+    "num_prompts": 64,
+    "group_size": 8,
+    "temperature": 1.0,
+    "baseline": "group",
+    "scale_rewards": "group",
+    "ratio": "token",
+    "loss_agg": "grpo",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "kl_coef": 0.07,
+    "kl_estimator": "k3",
+    "ref_sync": 0,
+    "num_iterations": 2,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.5,
+    "anneal_lr": True,
+    "max_grad_norm": 1.0,
+    "eval_prompts": 500,
+    "pass_k": 16,
+}
+
+
+def test_the_defaults_are_those_of_the_results_that_are_told():
+    assert {name: getattr(Args(), name) for name in DEFAULTS} == DEFAULTS
+    steps = {name: (task.total_timesteps, task.warmup_steps) for name, task in TASKS.items()}
+    assert steps == {"sort": (200_000, 0), "countdown": (500_000, 500)}
+
+
+def test_a_run_may_go_on_with_other_threads(finished, main, tmp_path):
+    shutil.copytree(finished["sort"], tmp_path / "run")
+    code, _, err = main("--resume", "run", "--threads", 2)
+    assert code == 0 and err[0].startswith("note: run goes on with threads 2;")
+
+
 TINY = "--total-timesteps 96 --num-prompts 2 --group-size 4 --eval-prompts 8 --pass-k 2"
 RUNS = {  # different in all that a checkpoint has to carry; 12 updates each
     "sort": f"{TINY} --checkpoint-every 5 --ref-sync 3",
@@ -1627,6 +1672,59 @@ def test_the_metrics_of_the_loss_are_means_over_tokens():
     }
     for name, x in expected.items():
         assert metrics[name].item() == pytest.approx(x.item(), rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "flags, low, high",
+    [
+        ({"ratio": "sequence-mean", "clip_low": 0.05, "clip_high": 0.1}, 2 / 12, 3 / 12),
+        ({"clip_low": 0.1, "clip_high": 0.5}, 8 / 42, 2 / 42),
+    ],
+)
+def test_what_is_clipped_is_counted_in_tokens_or_where_each_answer_has_one_ratio_in_answers(
+    flags, low, high
+):
+    """Of TRL's example: 12 answers with 42 tokens."""
+    new, batch, _ = example()
+    _, metrics = grpo_loss(new, batch, 9, Args(**flags))
+    assert metrics["clip_ratio/low_mean"].item() == pytest.approx(low, rel=1e-5)
+    assert metrics["clip_ratio/high_mean"].item() == pytest.approx(high, rel=1e-5)
+
+
+def test_baseline_and_scale_are_those_of_the_flags(monkeypatch, tmp_path):
+    """The means are those of check_advantages()."""
+    monkeypatch.chdir(tmp_path)
+    seen, verify, update = [], grpo.verify, grpo.update
+
+    def known_rewards(task, questions, answers, group_size):
+        if group_size == 4:
+            return torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 1.0, 0.5, 0.0]])
+        return verify(task, questions, answers, group_size)
+
+    def watched(agent, optimizer, batch, max_length, args):
+        seen.append(batch["advantages"].tolist())
+        return update(agent, optimizer, batch, max_length, args)
+
+    monkeypatch.setattr(grpo, "verify", known_rewards)
+    monkeypatch.setattr(grpo, "update", watched)
+    grpo.train(quick(total_timesteps=8, baseline="batch", scale_rewards="none"), count_task())
+    assert seen == [[0.625, -0.375, -0.375, -0.375, 0.125, 0.625, 0.125, -0.375]]
+
+
+def test_a_summary_has_both_shares_before_and_after(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    told = iter([(0.1, 0.2), (0.3, 0.4)])
+
+    def evaluate(*_):
+        return dict(zip(("pass@1", "pass@k"), next(told), strict=True)) | {
+            "returns": [0.0],
+            "examples": [],
+        }
+
+    monkeypatch.setattr(grpo, "evaluate", evaluate)
+    _, summary = grpo.train(quick(total_timesteps=8), count_task())
+    names = ("pass@1_before", "pass@k_before", "pass@1_after", "pass@k_after")
+    assert [summary[name] for name in names] == [0.1, 0.2, 0.3, 0.4]
 
 
 def test_every_stream_of_a_run_follows_its_seed(monkeypatch, tmp_path):

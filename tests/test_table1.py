@@ -351,6 +351,28 @@ def test_a_fall_comes_after_a_climb():
         assert (table1.climbs(curve), table1.falls(curve)) == (climbs, falls)
 
 
+def test_a_run_without_a_return_counts_as_the_lowest_of_its_task():
+    cells = [("A", "none", 1), ("A", "none", 2), ("A", "clip:0.2", 1), ("A", "clip:0.2", 2)]
+    index = pd.MultiIndex.from_tuples(cells, names=["env_id", "objective", "seed"])
+    runs = pd.DataFrame({"last_100_return": ["nan", "50", "10", "100"]}, index=index)
+    filled, gaps = table1.fill_gaps(runs)
+    assert filled["last_100_return"].tolist() == [10, 50, 10, 100] and gaps == ["A none 1"]
+
+
+def test_the_scale_is_from_the_untrained_policy_to_the_best_run_of_the_plan(tmp_path, monkeypatch):
+    """Not to the best mean, 400. Seed 3 is none of the plan."""
+    returns = {("none", 1): 100, ("none", 2): 200, ("clip:0.2", 1): 300, ("clip:0.2", 2): 500}
+    runs = [row("Hopper-v4", *cell, x) for cell, x in returns.items()]
+    folder = write_folder(tmp_path, runs, {"Hopper-v4": (20, 100)})
+    random = sweep.read(folder / "random.csv")
+    more = random[random["seed"] == "1"].assign(seed="3", mean_return="900")
+    sweep.write(folder / "random.csv", pd.concat([random, more]))
+    monkeypatch.setattr(table1, "SCALE", folder / "scale.csv")
+    monkeypatch.setattr(table1, "PLAN", Grid(["Hopper-v4"], ["none", "clip:0.2"], [1, 2]))
+    table1.freeze_scale(folder)
+    assert table1.frozen_scale(["Hopper-v4"]) == (100, 500)
+
+
 def test_a_frozen_scale_outlives_the_runs_that_set_it(tmp_path, monkeypatch):
     runs = [row("Hopper-v4", o, 1, x) for o, x in (("none", 100), ("clip:0.2", 500))]
     first = write_folder(tmp_path / "first", runs, {"Hopper-v4": (20, 100)})
@@ -379,15 +401,15 @@ def test_a_frozen_scale_outlives_the_runs_that_set_it(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is frozen already"):
         table1.main([*args, str(first), "--seeds", "1", "--freeze-scale"])
     monkeypatch.setattr(table1, "PLAN", whole)
-    assert table1.frozen_scale(["Hopper-v4"]) == (100, 500)
+    assert table1.frozen_scale(["Hopper-v4"]) == (99, 500)  # 0 is that of seed 1, too
     assert table1.frozen_scale(["Hopper-v4", "Reacher-v4"]) is None
     cells = itertools.product(("none", "clip:0.2"), (1, 2))
     runs = [row("Hopper-v4", o, seed, 300 if o == "none" else 900) for o, seed in cells]
     later = write_folder(tmp_path / "later", runs, {"Hopper-v4": (20, 200)})
     table1.main([*args, str(later), "--seeds", "1", "2"])
     text = (later / "summary.md").read_text()
-    assert "On the frozen scale" in text and "| `none` | 1.50 [" in text  # (900 - 300) / 400
-    assert re.search(r"^\| `clip:0.2` \| 0.82 \|.* 2.00 \|$", text, re.M)  # (900 - 100) / 400
+    assert "On the frozen scale" in text and "| `none` | 1.50 [" in text  # (900 - 300) / 401
+    assert re.search(r"^\| `clip:0.2` \| 0.82 \|.* 2.00 \|$", text, re.M)  # (900 - 99) / 401
 
 
 def test_report_of_a_part_says_so(tmp_path):
@@ -485,6 +507,14 @@ def test_report_compares_all_eleven_with_the_paper(tmp_path, monkeypatch):
         r"^\| `none` \| 1\.48 \[.* < 0.0001 .* 0.00 / 0.00 \| 1.21 \| 2 / 2 \|$", text, re.M
     )
     assert (folder / "beta.png").exists()
+    when = []
+    monkeypatch.setattr(table1, "tell_contrasts", lambda *given: when.append(given[-1]) or "")
+    table1.main(args)
+    left = sweep.read(folder / "runs.csv")
+    gone = (left["env_id"] == "Walker2d-v4") & (left["objective"] == "kl:10")
+    sweep.write(folder / "runs.csv", left[~(gone & (left["seed"] == "3"))])
+    table1.main(args)
+    assert when == ["planned", "before"]  # the scale is there, but a run is missing
 
 
 def test_report_refuses_runs_of_other_settings(tmp_path):
