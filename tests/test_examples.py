@@ -597,7 +597,7 @@ def test_the_report_holds_both_policies_against_each_other(tmp_path, monkeypatch
     for row in rows.to_dict("records"):
         assert f"| {row['policy']} | {float(row['eval_return_mean']):.1f}" in text
     quotient = float(rows["sps"][0]) / float(rows["sps"][1])
-    assert f"{quotient:.1f} times slower" in text
+    assert f"{quotient:.1f} times as long per step" in text
     recurrent.main(["--report"])
     for name, content in written.items():
         assert (tmp_path / "results" / name).read_bytes() == content
