@@ -1111,7 +1111,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def to_json(value: dict | list) -> bytes:
-    """JSON has no word for infinity, but reads 1e999 as that; NaN becomes null."""
+    """JSON has no word for infinity, but reads 1e999 as that; NaN as a value becomes null."""
     text = json.dumps(value, indent=2).replace(": Infinity", ": 1e999")
     return text.replace(": NaN", ": null").encode()
 

@@ -87,9 +87,9 @@ def summarise(row: pd.Series) -> dict:
 NOTE = """
 Returns are whole games in the game's own points. "Last 100" are the last ones of training, \
 "evaluation" is greedy, on
-seeds that training never used, and +- the deviation over its games; a threshold is for the mean \
-of 100 consecutive training
-games. Runs may have shared the machine, so hours and steps/s are no measurement of speed.
+seeds that training never used, and +- the standard deviation over its games; a threshold is for \
+the mean of 100 consecutive
+training games. Runs may have shared the machine, so hours and steps/s are no measurement of speed.
 """
 
 

@@ -18,6 +18,7 @@ Results are benchmark/results/figure3/: runs.csv and curves.csv, from which the 
 summary.md and the pictures. The report lists the runs that are missing.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -239,6 +240,7 @@ def returns_of(runs: pd.DataFrame) -> dict[tuple[str, str], np.ndarray]:
     }
 
 
+@functools.cache
 def other_code() -> pd.DataFrame:
     """The rows of others_1m.csv, with a name: of the algorithm and whose it is."""
     rows = pd.read_csv(OTHERS_1M)
@@ -278,7 +280,7 @@ def range_of_mean(x: np.ndarray, new_runs: float = math.inf) -> tuple[float, flo
 
 
 def could_be_ours(x: np.ndarray, end: float, new_runs: int) -> bool:
-    """Whether their end lies where the mean of so many new runs of ours would."""
+    """Whether their end lies in the range for the mean of that many new runs of ours."""
     low, high = range_of_mean(x, new_runs)
     return bool(low <= end <= high)
 
@@ -486,8 +488,8 @@ a learned sigma is compared with OpenAI's code of 2018 (-v2, networks of 32-32).
 
 Could their number be a mean of runs like ours? It is a mean of few runs: {seeds_of(OPENAI)} in \
 OpenAI's results; {PAPER_SEEDS} in the paper,
-which says so for Table 1, and we assume the same here. Suppose that we trained so many new runs. \
-"Mean of new runs" is
+which says so for Table 1, and we assume the same here. Suppose that we trained that many new \
+runs. "Mean of new runs" is
 the range in which their mean would lie in 95% of cases, by Student's t, if returns were normally \
 distributed. It is
 wider than the interval of our mean, because a mean of few runs varies, too. "Inside": their \

@@ -491,7 +491,8 @@ def device_of(row: dict) -> str:
 
 def size_of_difference(row: dict) -> float:
     """Infinite where there is none, and where it is NaN: the worst of all."""
-    return np.nan_to_num(float(row["difference"] or "inf"), nan=np.inf)
+    size = float(row["difference"] or "inf")
+    return np.inf if np.isnan(size) else size
 
 
 def shown_difference(row: dict) -> str:

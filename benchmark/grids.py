@@ -141,7 +141,7 @@ def plan(grid: Grid, done: set, settings: list[str], runs: str) -> list[Call]:
 def check(table: Table, settings: list[str], earlier: list[str] | None = None) -> None:
     """Raises UserError where a run of a table was made with other flags than these.
 
-    earlier: the flags of rows that is_earlier() names, where they are other ones.
+    earlier: the flags of the rows for which is_earlier() is true, if they differ.
     """
     wanted = str(parse(settings)[0].bootstrap_truncated)
     commands = table.runs[["command", "bootstrap_truncated"]].drop_duplicates()
@@ -294,7 +294,7 @@ def random_returns(
 ) -> np.ndarray:
     """The mean return of a policy in each task, over the rows of random.csv: [K].
 
-    seeds: whose rows; None: of all seeds that are there.
+    seeds: use only the rows of these; None: all rows.
     Raises UserError where there is none, and OSError where there is no such file.
     """
     rows = sweep.read(path)

@@ -239,7 +239,7 @@ def film(runs: pd.DataFrame) -> None:
 def draw_strip(path: Path, picture: Path) -> None:
     """Eight pictures of the first three seconds of a film, in a row.
 
-    Later it runs beyond the 20 metres of floor that are drawn; there is a floor all the same.
+    Later it runs beyond the 20 metres of floor that are drawn; the simulator's floor goes on.
     """
     from matplotlib import image  # these two take time that no other command needs
     from moviepy import VideoFileClip

@@ -190,7 +190,7 @@ def make_batch(agent: Agent, rollout: dict, args: Args) -> dict:
 
 
 def gradient_and_policy(agent: Agent, minibatch: dict, objective: Objective, args: Args) -> tuple:
-    """The script's gradient(), of a network with one trunk; and the policy of which it is.
+    """The script's gradient(), for a network with one trunk; and the outputs of the policy.
 
     The KL is that from the last visit. Returns the gradient [P], the means of all terms, and mean
     and log_std of the policy [B, U].

@@ -12,11 +12,11 @@ comes from.
 Agent, loss terms, advantages and random streams are the script's own functions. This file adds the
 axis of agents, A, and writes again what that axis forces: means over a minibatch in which reset
 rows weigh 0, the gradient's norm and an Adam step for each agent (gradient_step), the steps of an
-update (update_group), what is made of a rollout (make_batches), the evaluation, and what happens
-when an agent meets a number that is not finite (it is frozen). Every random stream
-of an agent is keyed by its seed alone. So an agent starts with the same bits alone and in a crowd,
-and agents of one seed share weights, noise, minibatch order and environments: their objectives can
-be compared in pairs.
+update (update_group), how a rollout becomes batches (make_batches), the evaluation, and what
+happens when an agent meets a number that is not finite (it is frozen). Every random stream of an
+agent is keyed by its seed alone. So an agent starts with the same bits alone and in a crowd, and
+agents of one seed share weights, noise, minibatch order and environments: their objectives can be
+compared in pairs.
 """
 
 import argparse
@@ -414,9 +414,9 @@ class AgentRun(ppo.Run):
 def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     """Algorithm 1 for all agents, then the evaluation. Returns the summaries of the agents.
 
-    args.seed and args.objective count for nothing. To go on with a run, args is
+    args.seed and args.objective are ignored. To go on with a run, args is
     Args(resume=RUN_DIR) or load_run(RUN_DIR)[0], in which `device` and `compile` may have changed;
-    its folder says which agents there are, and `seeds` and `objectives` count for nothing. Raises
+    its folder says which agents there are, and `seeds` and `objectives` are ignored. Raises
     UserError for bad input, and NonFiniteError when no agent is alive any more.
     """
     saved = None
@@ -577,8 +577,8 @@ def find_broken(rollout: Batch, count: int) -> dict[int, str]:
 def evaluate(agents: list[Agent], crowd: list[Args], folder: Path) -> list[list[float]]:
     """The script's evaluate() for every agent, on the same seeds: A lists of returns.
 
-    Many episodes run side by side, unless they are filmed. An agent with a return that is not
-    finite has NaN for all of its returns.
+    Many episodes run side by side. An agent with a return that is not finite has NaN for all of its
+    returns. Films are made one by one, and there such a return is a NonFiniteError.
     """
     args = crowd[0]
     if args.capture_video:

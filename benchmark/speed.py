@@ -119,7 +119,8 @@ def first_update_seconds(folder: Path, args) -> float:
 def learned(model, args) -> dict:
     """A model of Stable-Baselines3, SBX or sb3-contrib, timed over as many steps as ours.
 
-    The first learn() is of one rollout. A second one is timed nowhere: it may still warm up.
+    The first learn() is one rollout: the time of the first update. The second one is not timed,
+    since it may still warm up.
     """
     start = time.perf_counter()
     model.learn(args.batch_size)
@@ -220,7 +221,7 @@ def script(total_timesteps: int, threads: int, /, flags: str = "", warm: bool = 
 
 
 def of_process(speed: float) -> dict:
-    """The numbers of a contestant who worked in processes of its own."""
+    """The numbers of a contestant that worked in processes of its own."""
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return {"steps_per_second": speed, "first_update_seconds": None, "memory_gb": memory}
 

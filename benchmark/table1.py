@@ -175,8 +175,8 @@ def tell_scores(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
         explained += f"{SCALE_LINK}.\n"
     if grid.objectives == OBJECTIVES["paper"]:
         explained += "\nThe intervals of the correlations are those of our runs alone: the paper's "
-        explained += "scores count as exact.\nThey lie too low: a resample has the noise of the "
-        explained += "runs twice, and noise lowers a correlation.\n"
+        explained += "scores count as exact.\nThey lie too close to 0: a resample has the noise of "
+        explained += "the runs twice, and noise weakens a correlation.\n"
     return f"""## Scores
 
 {text}
@@ -373,7 +373,7 @@ def tell_contrasts(folder: Path, runs: pd.DataFrame, grid: Grid, when: str) -> s
         paired += f"correlate by {correlation:.2f} on average. Intervals and tests "
         paired += "treat them as independent"
         if correlation > 0:
-            paired += ", which makes intervals too wide and p too large"
+            paired += "; that alone would make intervals too wide and p too large"
         paired += ".\n"
     strictest = ""
     if len(others) > 1:

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -1122,13 +1121,7 @@ def test_a_metric_added_to_the_loss_changes_nothing_that_is_learned(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- errors
-def test_every_number_among_the_flags_has_its_limits():
-    limited = [name for names in ppo.LIMITS.values() for name in names]
-    numbers = {flag.name for flag in fields(Args) if flag.type in checks.NUMBERS}
-    assert len(limited) == len(set(limited)) and set(limited) == numbers
-
-
-def test_a_run_may_go_on_with_other_threads(finished, main, tmp_path):
+def test_threads_may_stand_beside_resume(finished, main, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     code, _, err = main("--resume", "run", "--threads", 2)
     assert code == 0 and "threads 2;" in err[0]

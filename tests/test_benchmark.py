@@ -541,7 +541,7 @@ def test_speed_gives_peers_our_settings(monkeypatch):
         assert speed.common(args)["normalize_advantage"] is expected
 
 
-def test_peers_do_the_work_of_our_flags():
+def test_peers_get_our_hyperparameters():
     args = speed.ppo_cartpole.Args()
     told = speed.common(args)
     assert told.pop("learning_rate")(0.25) == 0.25 * args.learning_rate
@@ -570,7 +570,7 @@ def test_the_first_updates_of_a_peer_do_not_count(monkeypatch):
             calls.append(steps)
             self.num_timesteps = steps
 
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     args = speed.ppo_cartpole.Args(total_timesteps=3 * 2048)
     told = speed.learned(Model(), args)
     assert calls == [2048, 2048, 4096]
@@ -590,6 +590,8 @@ def test_a_check_of_the_gpu_agrees_where_all_of_it_does():
     assert "| 5.0e-01 | 2.0e-06, losses/b | DOES NOT AGREE |" in text
     checks.append(checks[1] | {"of": "losses/c", "difference": "nan", "passed": "False"})
     assert "| nan, losses/c | DOES NOT AGREE |" in gpu.report([], checks)
+    fine = checks[1:3]
+    assert "|  | 2.0e-06, losses/b | agrees |" in gpu.report([], fine)
 
 
 def test_speed_adds_up_the_agents_of_a_crowd(monkeypatch):

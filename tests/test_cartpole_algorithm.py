@@ -633,9 +633,6 @@ def test_a_compiled_gradient_is_the_eager_one():
 
 
 # ---------------------------------------------------------------------------------- around updates
-NUMBERS = (int, float, int | None, float | None)  # types of flags
-
-
 def check_parts(script, parts: dict, seed: int) -> None:
     """What begin() gives a run of this seed to learn and draw with."""
     optimizer = parts["optimizer"]

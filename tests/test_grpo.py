@@ -771,13 +771,14 @@ DEFAULTS = {
 }
 
 
-def test_the_defaults_are_those_of_the_results_that_are_told():
+def test_the_defaults_are_what_they_were():
+    """With others, the numbers in benchmark/results/grpo would be out of date."""
     assert {name: getattr(Args(), name) for name in DEFAULTS} == DEFAULTS
     steps = {name: (task.total_timesteps, task.warmup_steps) for name, task in TASKS.items()}
     assert steps == {"sort": (200_000, 0), "countdown": (500_000, 500)}
 
 
-def test_a_run_may_go_on_with_other_threads(finished, main, tmp_path):
+def test_threads_may_stand_beside_resume(finished, main, tmp_path):
     shutil.copytree(finished["sort"], tmp_path / "run")
     code, _, err = main("--resume", "run", "--threads", 2)
     assert code == 0 and err[0].startswith("note: run goes on with threads 2;")
@@ -1681,10 +1682,8 @@ def test_the_metrics_of_the_loss_are_means_over_tokens():
         ({"clip_low": 0.1, "clip_high": 0.5}, 8 / 42, 2 / 42),
     ],
 )
-def test_what_is_clipped_is_counted_in_tokens_or_where_each_answer_has_one_ratio_in_answers(
-    flags, low, high
-):
-    """Of TRL's example: 12 answers with 42 tokens."""
+def test_clip_ratio_counts_tokens_or_answers(flags, low, high):
+    """Answers where each has one ratio, else tokens. TRL's example has 12 and 42."""
     new, batch, _ = example()
     _, metrics = grpo_loss(new, batch, 9, Args(**flags))
     assert metrics["clip_ratio/low_mean"].item() == pytest.approx(low, rel=1e-5)
@@ -1711,7 +1710,7 @@ def test_baseline_and_scale_are_those_of_the_flags(monkeypatch, tmp_path):
     assert seen == [[0.625, -0.375, -0.375, -0.375, 0.125, 0.625, 0.125, -0.375]]
 
 
-def test_a_summary_has_both_shares_before_and_after(monkeypatch, tmp_path):
+def test_a_summary_has_pass_at_1_and_pass_at_k_before_and_after(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     told = iter([(0.1, 0.2), (0.3, 0.4)])
 

@@ -741,7 +741,7 @@ def test_both_speeds_are_measured(monkeypatch):
     monkeypatch.setattr(humanoid, "STEPS_ALONE", 4)
     assert humanoid.time_recipe() > 0 and humanoid.time_simulator() > 0
     clock = iter([0.0, 2.0])
-    monkeypatch.setattr(humanoid.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(humanoid, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert humanoid.time_simulator() == 4 * 4 / 2.0  # four steps of four environments
 
 
@@ -840,7 +840,8 @@ def test_the_flags_of_all_runs_are_flags_of_their_trainers():
     assert [call.crowd[0].seed for call in planned[:3]] == [1, 2, 3]
 
 
-def test_every_ablation_is_the_recipe_but_for_what_it_says():
+def test_every_ablation_is_the_recipe_except_for_what_it_says():
+    """`defaults` is of another script, with its defaults."""
     changes = {}
     for call in humanoid.calls(list(humanoid.SETTINGS), humanoid.STEPS):
         if call.trainer == humanoid.AGENT:

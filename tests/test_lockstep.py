@@ -444,7 +444,8 @@ def test_two_updates_are_one_of_as_many_epochs():
 
 
 def test_a_step_that_is_not_taken_changes_nothing():
-    """Agent 1 meets a NaN in its first minibatch, agent 2 has a single transition in its own."""
+    """Agent 1 meets a NaN in its first minibatch and stops. Agent 2 has one transition in its
+    first: that step is left out, and does not count."""
     crowd = crowd_of(norm_adv="none", update_epochs=1)
     actors = ppo.Actors(crowd[0], len(crowd))
     parts = [ppo.begin(args, actors, None)[1] for args in crowd]

@@ -351,10 +351,11 @@ def test_a_fall_comes_after_a_climb():
         assert (table1.climbs(curve), table1.falls(curve)) == (climbs, falls)
 
 
-def test_a_run_without_a_return_counts_as_the_lowest_of_its_task():
+@pytest.mark.parametrize("missing", ["nan", ""])
+def test_a_run_without_a_return_counts_as_the_lowest_of_its_task(missing):
     cells = [("A", "none", 1), ("A", "none", 2), ("A", "clip:0.2", 1), ("A", "clip:0.2", 2)]
     index = pd.MultiIndex.from_tuples(cells, names=["env_id", "objective", "seed"])
-    runs = pd.DataFrame({"last_100_return": ["nan", "50", "10", "100"]}, index=index)
+    runs = pd.DataFrame({"last_100_return": [missing, "50", "10", "100"]}, index=index)
     filled, gaps = table1.fill_gaps(runs)
     assert filled["last_100_return"].tolist() == [10, 50, 10, 100] and gaps == ["A none 1"]
 
@@ -401,7 +402,7 @@ def test_a_frozen_scale_outlives_the_runs_that_set_it(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is frozen already"):
         table1.main([*args, str(first), "--seeds", "1", "--freeze-scale"])
     monkeypatch.setattr(table1, "PLAN", whole)
-    assert table1.frozen_scale(["Hopper-v4"]) == (99, 500)  # 0 is that of seed 1, too
+    assert table1.frozen_scale(["Hopper-v4"]) == (99, 500)  # the untrained policy of seed 1 has 99
     assert table1.frozen_scale(["Hopper-v4", "Reacher-v4"]) is None
     cells = itertools.product(("none", "clip:0.2"), (1, 2))
     runs = [row("Hopper-v4", o, seed, 300 if o == "none" else 900) for o, seed in cells]

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -20,10 +20,22 @@ import numpy as np
 import pytest
 import torch
 
+import grpo_toy
+import ppo_atari
 import ppo_cartpole
 import ppo_continuous
 
 SCRIPTS = {"cartpole": ppo_cartpole, "continuous": ppo_continuous}
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS.values(), ppo_atari, grpo_toy])
+def test_every_number_among_the_flags_has_its_limits(script):
+    limited = [name for names in script.LIMITS.values() for name in names]
+    kinds = (int, float, int | None, float | None)
+    numbers = {flag.name for flag in fields(script.Args) if flag.type in kinds}
+    assert len(limited) == len(set(limited)) and set(limited) == numbers
+
+
 TINY = "--total-timesteps 256 --num-envs 2 --num-steps 32 --num-minibatches 2 --update-epochs 1"
 TINY = f"{TINY} --eval-episodes 2 --no-compile"
 

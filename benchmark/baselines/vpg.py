@@ -18,7 +18,7 @@ version the limits of the step size, 1e-8 and 1. Both have d_targ .002, standard
 batches of whole episodes, 2,500 steps or more. These are guesses: exactly 2,500 steps, networks of
 64-64 and their first weights, standardised observations, and a value function fitted as in OpenAI's
 TRPO. The homework has plain returns minus V as advantages, and fits V for ten epochs. That is
---gae-lambda 1 --value-epochs 10, but for an episode that the end of a batch cuts.
+--gae-lambda 1 --value-epochs 10, except for an episode that the end of a batch cuts.
 benchmark/figure3.py tried it on three tasks; all three came nearer to the paper.
 
     python benchmark/baselines/vpg.py --env-id Hopper-v4
