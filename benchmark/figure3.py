@@ -285,6 +285,13 @@ def could_be_ours(x: np.ndarray, end: float, new_runs: int) -> bool:
     return bool(low <= end <= high)
 
 
+def yes_or_no(x: np.ndarray, end: float, new_runs: int) -> str:
+    """The same in a table: empty where there are fewer than two runs."""
+    if len(x) < 2:
+        return ""
+    return "yes" if could_be_ours(x, end, new_runs) else "no"
+
+
 def in_brackets(limits: tuple[float, float]) -> str:
     low, high = limits
     return f"[{number(low)}, {number(high)}]"
@@ -472,10 +479,10 @@ def tell_disagreements(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
             row = {"algorithm": f"`{name}`", "task": task}
             row["ours"] = with_interval(x, len(grid.seeds))
             row |= {"theirs": number(end), "compared with": source_of(theirs)}
-            row |= {"apart": f"{far[task]:+.0%}", "mean of new runs": "", "inside": ""}
-            if task in inside:
+            row |= {"apart": f"{far[task]:+.0%}", "mean of new runs": ""}
+            if len(x) > 1:
                 row["mean of new runs"] = in_brackets(range_of_mean(x, their_seeds))
-                row["inside"] = "yes" if inside[task] else "no"
+            row["inside"] = yes_or_no(x, end, their_seeds)
             row["inside, all tasks"] = count_inside(inside)
             table.append(row)
     if not table:
@@ -517,10 +524,7 @@ def tell_experiments(returns: dict, grid: Grid, ends: pd.DataFrame) -> str:
         end = ends.loc[task, theirs]
         row |= {"theirs": number(end), "compared with": source_of(theirs)}
         for column, mine in {"inside with it": name, "inside without it": base}.items():
-            row[column] = ""
-            if len(returns.get((task, mine), ())) > 1:
-                inside = could_be_ours(returns[task, mine], end, seeds_of(theirs))
-                row[column] = "yes" if inside else "no"
+            row[column] = yes_or_no(returns.get((task, mine), ()), end, seeds_of(theirs))
         table.append(row)
     if not table:
         return ""

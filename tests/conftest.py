@@ -61,6 +61,24 @@ def spy_on_restarts(patch: pytest.MonkeyPatch, script) -> list:
     return seeds
 
 
+def spoil_updates(patch: pytest.MonkeyPatch, script, bias_of) -> None:
+    """From now on every update() of a script leaves a NaN in a weight: bias_of(agent)[0]."""
+    update = script.update
+
+    def spoiled(agent, **rest):
+        losses = update(agent=agent, **rest)
+        with torch.no_grad():
+            bias_of(agent)[0] = float("nan")
+        return losses
+
+    patch.setattr(script, "update", spoiled)
+
+
+def weights_of(agent: torch.nn.Module) -> torch.Tensor:
+    """All of them, one vector: a copy, which does not change when they do."""
+    return torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
+
+
 class Outcome(NamedTuple):
     code: int
     out: list[str]  # lines of stdout

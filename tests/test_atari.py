@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import test_cartpole_algorithm as checks
 import torch
-from conftest import LIMIT, environment, rounding
+from conftest import LIMIT, environment, rounding, spoil_updates
 from gymnasium.spaces import Discrete
 from torch.nn.functional import conv2d, linear, relu
 
@@ -941,15 +941,7 @@ def test_every_step_of_an_evaluation_has_its_own_noise_or_none(sample, lights, m
 
 
 def test_a_weight_that_is_not_finite_stops_the_run(lights, monkeypatch):
-    update = ppo.update
-
-    def spoil(agent, **rest):
-        losses = update(agent=agent, **rest)
-        with torch.no_grad():
-            agent.critic.bias[0] = math.nan
-        return losses
-
-    monkeypatch.setattr(ppo, "update", spoil)
+    spoil_updates(monkeypatch, ppo, lambda agent: agent.critic.bias)
     lights.total_timesteps = 128
     with pytest.raises(ppo.NonFiniteError, match="weights not finite in update 1"):
         ppo.train(lights)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import spy_on_restarts
+from conftest import spy_on_restarts, weights_of
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
@@ -140,10 +140,6 @@ def first_agent(name: str, flags: str) -> ppo.Agent:
     args = baselines.check_args(MODULES[name].parse_args(flags.split()))
     make_agent = cem.make_agent if name == "cem" else baselines.make_agent
     return make_agent(args, ppo.Actors(args, args.num_envs))
-
-
-def weights_of(agent: ppo.Agent) -> Tensor:
-    return parameters_to_vector(agent.parameters()).detach()
 
 
 def test_an_agent_is_that_of_its_flags():

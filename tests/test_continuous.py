@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import test_cartpole_algorithm as checks
 import torch
+from conftest import spoil_updates
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -552,15 +553,7 @@ def test_a_number_that_is_not_finite_stops_the_run(source, tmp_path, monkeypatch
 
 
 def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    update = ppo.update
-
-    def spoil(agent, **rest):
-        losses = update(agent=agent, **rest)
-        with torch.no_grad():
-            agent.critic[0].bias[0] = math.nan
-        return losses
-
-    monkeypatch.setattr(ppo, "update", spoil)
+    spoil_updates(monkeypatch, ppo, lambda agent: agent.critic[0].bias)
     flags = SMALL | {"env_id": "Pendulum-v1", "total_timesteps": 64}
     with pytest.raises(ppo.NonFiniteError, match="weights not finite in update 1"):
         ppo.train(Args(**flags, run_dir=str(tmp_path / "run")))

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import test_cartpole_algorithm as checks
 import torch
-from conftest import rounding, spy_on_restarts
+from conftest import rounding, spoil_updates, spy_on_restarts
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -420,7 +420,7 @@ def test_what_was_learned_before_a_simulator_failed_is_kept(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("source", ["rewards", "obs", "weights"])
 def test_a_number_that_is_not_finite_stops_the_run(source, tmp_path, monkeypatch):
-    collect, update = ppo.collect, ppo.update
+    collect = ppo.collect
 
     def spoil(*given):
         rollout, episodes = collect(*given)
@@ -428,15 +428,9 @@ def test_a_number_that_is_not_finite_stops_the_run(source, tmp_path, monkeypatch
             rollout[source][10] = math.nan
         return rollout, episodes
 
-    def spoil_weights(agent, **rest):
-        losses = update(agent=agent, **rest)
-        if source == "weights":
-            with torch.no_grad():
-                agent.critic.bias[0] = math.nan
-        return losses
-
     monkeypatch.setattr(ppo, "collect", spoil)
-    monkeypatch.setattr(ppo, "update", spoil_weights)
+    if source == "weights":
+        spoil_updates(monkeypatch, ppo, lambda agent: agent.critic.bias)
     with pytest.raises(ppo.NonFiniteError, match=f"{source} not finite in update 1"):
         train(tmp_path / "run", total_timesteps=64)
     assert not (tmp_path / "run/summary.json").exists()

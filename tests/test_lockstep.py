@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import spy_on_restarts
-from torch import nn
+from conftest import spy_on_restarts, weights_of
 
 import ppo_continuous as ppo
 from benchmark import lockstep
@@ -235,7 +234,7 @@ def vector(saved: dict) -> torch.Tensor:
     """All weights of a checkpoint's agent, in the order of its parameters."""
     agent = ppo.Agent(**saved["state"]["dims"])
     ppo.restore({"agent": agent}, saved)
-    return nn.utils.parameters_to_vector(agent.parameters()).detach()
+    return weights_of(agent)
 
 
 def test_the_episodes_of_several_actors_are_those_of_the_script(tmp_path):
@@ -365,13 +364,9 @@ def test_a_compiled_step_is_the_eager_one():
         batches = [random_batch(mine["agent"], rng) for mine in parts]
         _, alive = learn(crowd, parts, batches, compiling)
         assert all(alive)
-        results.append(torch.stack([flat(mine["agent"]) for mine in parts]))
+        results.append(torch.stack([weights_of(mine["agent"]) for mine in parts]))
     assert (results[0] - results[1]).abs().max() <= 0.4 * 12 * 3e-3
     assert (results[0] - results[1]).abs().mean() <= 1e-3 * 12 * 3e-3
-
-
-def flat(agent: ppo.Agent) -> torch.Tensor:
-    return nn.utils.parameters_to_vector(agent.parameters()).detach()
 
 
 @torch.no_grad()
@@ -436,7 +431,7 @@ def test_two_updates_are_one_of_as_many_epochs():
         states = []
         for mine in parts:
             (state,) = mine["optimizer"].state.values()
-            states.append(state | {"weights": flat(mine["agent"])})
+            states.append(state | {"weights": weights_of(mine["agent"])})
         results.append(states)
     for one, other in zip(*results, strict=True):
         assert one["step"] == 12 and one["exp_avg"].abs().max() > 0
@@ -449,7 +444,7 @@ def test_a_step_that_is_not_taken_changes_nothing():
     crowd = crowd_of(norm_adv="none", update_epochs=1)
     actors = ppo.Actors(crowd[0], len(crowd))
     parts = [ppo.begin(args, actors, None)[1] for args in crowd]
-    before = [flat(mine["agent"]).clone() for mine in parts]
+    before = [weights_of(mine["agent"]) for mine in parts]
     rng = torch.Generator().manual_seed(0)
     batches = [random_batch(mine["agent"], rng) for mine in parts]
     first_rows = [order[0, :16] for order in orders_of(crowd)]
@@ -459,7 +454,7 @@ def test_a_step_that_is_not_taken_changes_nothing():
     batches[2]["valid"][first_rows[2][0]] = True
     _, alive = learn(crowd, parts, batches)
     assert alive == [i != 1 for i in range(len(crowd))]
-    assert torch.equal(flat(parts[1]["agent"]), before[1])
+    assert torch.equal(weights_of(parts[1]["agent"]), before[1])
     states = [next(iter(mine["optimizer"].state.values())) for mine in parts]
     assert [int(state["step"]) for state in states] == [4, 0, 3, *[4] * (len(crowd) - 3)]
     assert not states[1]["exp_avg"].any() and not states[1]["exp_avg_sq"].any()
@@ -474,7 +469,7 @@ def test_every_agent_learns_with_its_own_beta():
         rng = torch.Generator().manual_seed(0)
         batches = [random_batch(mine["agent"], rng) for mine in parts]
         learn(crowd, parts, batches, betas=betas)
-        results.append([flat(mine["agent"]) for mine in parts])
+        results.append([weights_of(mine["agent"]) for mine in parts])
     same_beta, other_beta = zip(*results, strict=True)
     assert torch.equal(*same_beta) and not torch.equal(*other_beta)
 
@@ -512,7 +507,7 @@ def test_an_agent_that_is_not_finite_keeps_finite_weights_and_harms_nobody(where
             batches[1][where][10] = math.nan
         _, alive = learn(crowd, parts, batches)
         assert alive == [not spoil or i != 1 for i in range(len(crowd))]
-        results.append([flat(mine["agent"]) for mine in parts])
+        results.append([weights_of(mine["agent"]) for mine in parts])
     for i, (good, spoiled) in enumerate(zip(*results, strict=True)):
         assert spoiled.isfinite().all()
         assert torch.equal(good, spoiled) == (i != 1)
@@ -530,7 +525,7 @@ def test_what_stands_in_reset_rows_changes_nothing():
             for name in ("actions", "advantages", "returns", "values"):
                 batch[name][~batch["valid"]] = 7.0
         learn(crowd, parts, batches)
-        results.append(torch.stack([flat(mine["agent"]) for mine in parts]))
+        results.append(torch.stack([weights_of(mine["agent"]) for mine in parts]))
     assert torch.equal(*results)
 
 
