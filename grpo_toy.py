@@ -108,7 +108,7 @@ class Args:
     ratio: Literal["token", "sequence", "sequence-mean"] = "token"
     loss_agg: Literal["grpo", "dr_grpo", "dapo"] = "grpo"  # how the terms of eq. 3 are averaged
     clip_low: float = 0.2  # the ratio is clipped below 1 minus this (epsilon)
-    clip_high: float = 0.2  # and above 1 plus this; larger than --clip-low is DAPO's clip-higher
+    clip_high: float = 0.2  # the ratio is clipped above 1 plus this; DAPO: 0.28
     kl_coef: float = 0.07  # weight of KL[policy, reference] (beta); with 0 it is only measured
     kl_estimator: Literal["k2", "k3", "k3-corrected", "exact"] = "k3"  # see kl_terms; k3 is eq. 4
     ref_sync: int = 0  # updates after which the reference becomes a copy of the policy; 0: never
@@ -351,7 +351,7 @@ class Agent(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.logits = nn.Linear(width, num_words)
         for module in self.modules():
-            if isinstance(module, nn.Linear):  # pass on the variance of what comes in
+            if isinstance(module, nn.Linear):  # the output keeps the variance of the input
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
@@ -521,7 +521,7 @@ def kl_terms(new: Tensor, old: Tensor, reference: Tensor) -> dict[str, Tensor]:
 
 
 def grpo_loss(log_probs: Tensor, batch: dict, max_length: int, args: Args) -> tuple[Tensor, dict]:
-    """Eq. 3, or a variant of it, with its sign turned; and metrics by name.
+    """Minus eq. 3, or minus a variant of it, to be minimised; and metrics by name.
 
     log_probs [N, T, V]: of the policy that is being optimised.
     batch: tokens and mask [N, T] and advantages [N] of the answers; log_probs and ref_log_probs
@@ -850,8 +850,8 @@ def load_agent(run_dir: str, task: Task | None = None) -> tuple[Agent, Task, Arg
 def group_metrics(rewards: Tensor, answers: dict[str, Tensor]) -> dict[str, float | None]:
     """What a batch of answers looks like: rewards [P, G], and the answers from sample().
 
-    reward_std is that of all rewards, whatever --scale-rewards is. A mean length is None where
-    there is no such answer.
+    reward_std is the mean over the groups of their standard deviations, whatever --scale-rewards
+    is. A mean length is None where there is no such answer.
     """
     lengths = answers["mask"].sum(1)
     ended = (answers["tokens"] == END_ID).any(1)
@@ -863,7 +863,7 @@ def group_metrics(rewards: Tensor, answers: dict[str, Tensor]) -> dict[str, floa
 
     return {
         "reward": rewards.mean().item(),
-        "reward_std": rewards.std().item(),
+        "reward_std": rewards.std(1).mean().item(),
         "frac_right": right.float().mean().item(),
         "frac_reward_zero_std": equal.float().mean().item(),
         "frac_all_right": right.all(1).float().mean().item(),
@@ -883,7 +883,7 @@ LOSSES = ("policy_loss", "grad_norm", "kl_after_update")  # get the prefix losse
 
 def show(when: str, found: dict, k: int) -> None:
     """Print what evaluate() found, and a few greedy answers."""
-    passes = f"pass@1 {found['pass@1']:.1%}, pass@{k} {found['pass@k']:.1%}"
+    passes = f"pass@1 (greedy) {found['pass@1']:.1%}, pass@{k} {found['pass@k']:.1%}"
     lines = [f"{when}: {passes} of held-out questions", *found["examples"]]
     tqdm.write("\n  ".join(lines))  # print() would tear the progress bar
 
@@ -1442,7 +1442,8 @@ class Run:
 def describe(returns: list[float]) -> str:
     """The returns of an evaluation in words."""
     mean, std = np.mean(returns), np.std(returns)
-    return f"evaluation {mean:.1f} +- {std:.1f} in {len(returns)} episodes"
+    digits = 1 if abs(mean) >= 10 else 3  # some returns are below 1
+    return f"evaluation {mean:.{digits}f} +- {std:.{digits}f} in {len(returns)} episodes"
 
 
 def call_wandb(name: str, /, **options):

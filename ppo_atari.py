@@ -20,16 +20,16 @@ this script differs from ppo2: the value loss is not clipped, and a time limit i
 
     python ppo_atari.py --total-timesteps 3000000        # Pong: an hour or two on two cores
     python ppo_atari.py --env-id Breakout-v5 --device cuda
-    python ppo_atari.py --no-anneal-clip                 # constant clip range, usual since 2019
+    python ppo_atari.py --no-anneal-clip                 # constant clip range, as in CleanRL
     torchrun --nproc-per-node 2 ppo_atari.py --num-envs 16
     python ppo_atari.py --evaluate RUN_DIR --capture-video
 
 Under torchrun each rank has its part of the actors (above: 8 of 16), and the ranks' gradients are
 added up. Their sum is the gradient that one process would have on the same minibatches; but which
 rows share a minibatch depends on the number of ranks. Rank 0 writes the run folder. --resume needs
-as many ranks as before for the same bits, and on several nodes a folder that all can read. On
-machines of different kinds, set --precision: each would otherwise choose its own. When one rank
-fails, torchrun ends all of them, adds a report, and exits with code 1.
+as many ranks as before for the same bits, and on several nodes a folder that all can read. Each
+rank computes its own weights, so let all machines be of one kind: on another one the last bits can
+differ. When one rank fails, torchrun ends all of them, adds a report, and exits with code 1.
 
 In bfloat16 a CPU may compute minibatches by other kernels than rollouts. Then the ratios before the
 first step of an update are not exactly 1: on average they are off by less than 0.001, a hundredth
@@ -89,7 +89,7 @@ except ImportError:  # Windows
 
 @dataclass
 class Args:
-    """PPO from pixels on Atari (Schulman et al. 2017, Table 5: 40M frames, 4 to a step)."""
+    """PPO from pixels on Atari (Schulman et al. 2017: Table 5, and 40M frames)."""
 
     env_id: str = "Pong-v5"  # one of EnvPool's Atari games: {Game}-v5
     objective: str = "clip:0.1"  # clip:EPS (eq. 7), kl:BETA, adaptive:D_TARG (eq. 8), none, pg
@@ -97,7 +97,7 @@ class Args:
     sticky_actions: float = 0.0  # chance that a frame repeats the last action; Machado 2018: 0.25
     full_action_space: bool = False  # all 18 actions of the console, not only those of the game
 
-    total_timesteps: int = 10_000_000  # steps of 4 frames, with reset steps, in whole updates
+    total_timesteps: int = 10_000_000  # steps of 4 frames, reset steps included, in whole updates
     num_envs: int = 8  # parallel actors (N), of all ranks together
     num_steps: int = 128  # steps of each actor per update (T)
 
@@ -118,7 +118,7 @@ class Args:
     target_kl: float | None = None  # end an update after an epoch whose mean approx_kl exceeds this
 
     device: str = "cpu"  # cpu or cuda; under torchrun, cuda gives each rank its own GPU
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of the trunk; auto: the faster one
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where it is native
     compile: bool = False  # torch.compile the loss; no gain on a CPU, nor on an H100
     threads: int = 0  # CPU threads of an update; 0: all cores, shared by the ranks
     run_dir: str | None = None  # folder of this run; None makes one under runs/
@@ -347,7 +347,7 @@ def adapt_beta(beta: float, kl: float, objective: Objective) -> float:
 
 
 class Actors:
-    """N of the actors of Algorithm 1: their consoles, and the game that each is in."""
+    """N of the actors of Algorithm 1: their emulators, and the game that each is in."""
 
     def __init__(self, args: Args, num_envs: int, render: bool = False):
         self.args = args
@@ -360,7 +360,6 @@ class Actors:
         self.obs, info = self.envs.reset()
         self.lives = info["lives"]
         self.ended = np.zeros(self.num_envs, bool)  # the last step was the end of a life or a game
-        self.life_lost = np.zeros(self.num_envs, bool)  # it ended a life, and the game goes on
         self.returns = np.zeros(self.num_envs)  # of the game so far, over all its lives
         self.lengths = np.zeros(self.num_envs, int)
 
@@ -374,10 +373,11 @@ class Actors:
         what happens                       EnvPool reports     learning gets       the game
         a life is lost                     terminated          terminated          goes on
         the game ends                      terminated          terminated          is over
-        27,000 steps have passed           truncated           truncated           is over
+        27,000 steps have passed *         truncated           truncated           is over
         a game ends in step 27,000         truncated           both                is over
         a game ends while it idles         nothing             nothing             is over
         it ends in the last idle frame     an end, twice       terminated, twice   is over, once
+                                           * also where a life is lost in the last of them
 
         A game that ends while it idles is noticed by its lives: the new game has more of them than
         the old one had. RoadRunner does this now and then. EnvPool then counts steps on, and so
@@ -387,12 +387,11 @@ class Actors:
         self.obs, rewards, terminated, truncated, info = self.envs.step(actions)
         game_over = info["terminated"] > 0
         terminated = terminated | game_over
-        ended_idling = self.life_lost & (info["lives"] > self.lives)
+        ended_idling = self.ended & (info["lives"] > self.lives)
         self.returns += info["reward"]
         self.lengths += ~self.ended  # a reset step is no step of the game
         over = (game_over | truncated | ended_idling) & (self.lengths > 0)  # 0: counted already
         self.ended = terminated | truncated
-        self.life_lost = self.ended & ~over
         self.lives = info["lives"]
         games = []
         for i in over.nonzero()[0]:
@@ -460,7 +459,7 @@ def standardise(x: Tensor, valid: Tensor) -> Tensor:
 
 
 def minibatch_loss(agent: Agent, minibatch: dict, objective: Objective, beta, args: Args) -> tuple:
-    """Eq. 9 with its sign turned, and the means of ppo_loss's terms. --compile compiles this.
+    """Minus eq. 9, to be minimised, and the means of ppo_loss's terms. --compile compiles this.
 
     minibatch: what the rollout recorded, and row_weights [M], which are 0 in reset rows and sum to
     1 over all ranks. So a rank's loss and means are its share; the sum of the shares is the mean.
@@ -1339,7 +1338,8 @@ class Run:
 def describe(returns: list[float]) -> str:
     """The returns of an evaluation in words."""
     mean, std = np.mean(returns), np.std(returns)
-    return f"evaluation {mean:.1f} +- {std:.1f} in {len(returns)} episodes"
+    digits = 1 if abs(mean) >= 10 else 3  # some returns are below 1
+    return f"evaluation {mean:.{digits}f} +- {std:.{digits}f} in {len(returns)} episodes"
 
 
 def call_wandb(name: str, /, **options):

@@ -1545,7 +1545,8 @@ class Run:
 def describe(returns: list[float]) -> str:
     """The returns of an evaluation in words."""
     mean, std = np.mean(returns), np.std(returns)
-    return f"evaluation {mean:.1f} +- {std:.1f} in {len(returns)} episodes"
+    digits = 1 if abs(mean) >= 10 else 3  # some returns are below 1
+    return f"evaluation {mean:.{digits}f} +- {std:.{digits}f} in {len(returns)} episodes"
 
 
 def call_wandb(name: str, /, **options):

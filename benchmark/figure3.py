@@ -503,7 +503,9 @@ wider than the interval of our mean, because a mean of few runs varies, too. "In
 number lies in this range.
 That does not show that the algorithms are equal. With three runs of ours the range is wide, and \
 the more our runs
-differ, the more numbers it holds.
+differ, the more numbers it holds. Nor does "outside" show more than a hint: the tests are many \
+and not corrected, one in
+twenty would be outside by chance alone, and our tasks are -v4, theirs -v1 or -v2.
 
 {markdown(table)}
 """

@@ -138,10 +138,16 @@ def curves(
         ax.plot(steps, mean, dashes, color=colour, linewidth=1.5, label=label)
         if len(seeds) > 1:
             ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    if threshold is not None:
-        ax.axhline(threshold, color="0.4", linewidth=0.8, linestyle="--")
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k, 1M
-    ax.set(xlabel="steps", ylabel="episodic return (last 100)")
+    finish(ax, [] if threshold is None else [threshold])
+    ax.set(ylabel="episodic return (last 100)")
+
+
+def finish(ax: Axes, levels: Sequence[float]) -> None:
+    """Thin dashed lines at these levels, steps as 50k and 1M, no frame."""
+    for level in levels:
+        ax.axhline(level, color="0.4", linewidth=0.8, linestyle="--")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.set(xlabel="steps")
     ax.spines[["top", "right"]].set_visible(False)
 
 

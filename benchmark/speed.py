@@ -631,7 +631,9 @@ def table(suite: Suite, rows: pd.DataFrame) -> list[dict]:
         shown = ""
         if len(peers):
             ratios = speeds / peers
-            shown = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+            shown = f"{np.median(ratios):.2f}"
+            if len(ratios) > 1:
+                shown += f" ({ratios.min():.2f} to {ratios.max():.2f})"
         speed = np.median(speeds)
         first = numbers(mine["first_update_seconds"]).median()
         line = {
@@ -667,8 +669,10 @@ def report(name: str, rows: pd.DataFrame) -> str:
     """SUITE.md from SUITE.csv, cells as text."""
     suite = SUITES[name]
     there = set(rows["contestant"])
-    note = f"{suite.note} Medians of {rows['round'].nunique()} rounds, ratios within a round (in "
-    note += "brackets the smallest and the largest); "
+    rounds = rows["round"].nunique()
+    told = f"Medians of {rounds} rounds, ratios within a round (in brackets the smallest and the "
+    told += "largest)"
+    note = f"{suite.note} {told if rounds > 1 else 'One measurement of each'}; "
     if name != "process":
         compiling = name not in ("trpo", "grpo")
         compiles = ", which contains compilation, from an empty cache" if compiling else ""

@@ -526,16 +526,16 @@ def count(what: str, groups: plot.Groups, holds) -> dict[str, str]:
     return row
 
 
-def draw_runs(path: Path, panels: dict[str, plot.Groups]) -> None:
-    """Every run as a thin line, a panel per title, a colour per treatment."""
-    figure, axes = plot.sheet(len(panels), len(panels), (6, 3))
-    for ax, (title, groups) in zip(axes, panels.items(), strict=True):
-        for i, name in enumerate(TREATMENTS):
-            for curve in groups.get(name, []):
-                ax.plot(*curve, color=plot.COLOURS[i], linewidth=0.8, alpha=0.7, label=name)
-        ax.set(title=title, xlabel="steps", ylabel="return (last 100)")
-        ax.spines[["top", "right"]].set_visible(False)
-    plot.legend(figure, "upper", ncols=len(TREATMENTS), fontsize="small")
+def draw_runs(path: Path, rows: dict[str, tuple[plot.Groups, list[float]]]) -> None:
+    """Every run as a thin line: a row per title, with dashed levels, a column per treatment."""
+    columns = len(TREATMENTS)
+    figure, axes = plot.sheet(len(rows) * columns, columns, (6, 2.8), sharey="row")
+    places = itertools.product(rows.items(), enumerate(TREATMENTS))
+    for ax, ((title, (groups, levels)), (i, name)) in zip(axes, places, strict=True):
+        for curve in groups.get(name, []):
+            ax.plot(*curve, color=plot.COLOURS[i], linewidth=0.8, alpha=0.7)
+        plot.finish(ax, levels)
+        ax.set(title=f"{title}: {name}", ylabel="" if i else "return (last 100)")
     figure.savefig(path, dpi=90)
 
 
@@ -561,8 +561,8 @@ def tell_time_limits(folder: Path, ended: sweep.Table, bootstrapped: sweep.Rows,
         count(f"{cheetah} at some time in the second half {below}", cheetahs, is_low),
     ]
     titles = f"InvertedDoublePendulum-v4, {PLANNED}", "HalfCheetah-v4, none"
-    panels = dict(zip(titles, (pendulums, cheetahs), strict=True))
-    draw_runs(folder / "time-limits.png", panels)
+    rows = (pendulums, [8000, 1200]), (cheetahs, [untrained])
+    draw_runs(folder / "time-limits.png", dict(zip(titles, rows, strict=True)))
     return f"""## What a time limit is
 
 {tell_returns_of_both(tables, grid)}
@@ -583,6 +583,8 @@ two updates of five. 8,000
 and 1,200 were chosen when the runs of table1-bootstrapped were known.
 
 ![Both treatments, run by run](time-limits.png)
+
+A line is a run. Dashed: 8,000 and 1,200; the untrained policy.
 
 """
 

@@ -193,8 +193,8 @@ def test_the_loss_is_equation_9_in_closed_form():
 
 def test_the_defaults_are_those_of_table_5():
     """Where it is silent, of OpenAI Baselines' ppo2, except value_clip and bootstrap_truncated."""
-    table_5 = {
-        "total_timesteps": 10_000_000,  # 40M frames
+    paper = {
+        "total_timesteps": 10_000_000,  # 40M frames, the caption of Table 6
         "num_envs": 8,
         "num_steps": 128,
         "learning_rate": 2.5e-4,
@@ -212,7 +212,7 @@ def test_the_defaults_are_those_of_table_5():
     rest |= {"value_clip": None, "bootstrap_truncated": True}  # not as in ppo2
     # what neither has is off
     rest |= {"target_kl": None, "sticky_actions": 0.0, "full_action_space": False}
-    expected = table_5 | rest
+    expected = paper | rest
     assert {name: getattr(Args(), name) for name in expected} == expected
 
 
@@ -316,6 +316,20 @@ def check_reset_rows_change_nothing(module: ModuleType) -> None:
 
 def test_reset_rows_change_nothing():
     check_reset_rows_change_nothing(ppo)
+
+
+def test_the_penalty_has_the_weight_that_the_update_is_given():
+    """Not the one that the objective began with, which is 1."""
+    agent, seen, args = Agent(4), [], small()
+
+    def loss_fn(agent, minibatch, objective, beta, args):
+        seen.append(float(beta))
+        return agent.critic.bias.sum(), {"approx_kl": torch.tensor(0.0)}
+
+    optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
+    adaptive = parse_objective("adaptive:0.01")
+    ppo.update(agent, optimizer, recorded(), orders(args, 32), adaptive, 7.0, args, loss_fn)
+    assert seen == [7.0] * 4  # two epochs of two minibatches
 
 
 def test_metrics_are_means_and_an_adapting_beta_takes_the_kl_of_the_batch_metrics():
@@ -515,7 +529,7 @@ ENDINGS = {
 def test_games_that_envpool_ends_in_an_odd_way_are_counted_once(ending):
     actors = Actors(Args(), 1)
     actors.lives, actors.envs = np.array([2]), Tape(step for step, *_ in ENDINGS[ending])
-    actors.ended, actors.life_lost = np.zeros((2, 1), bool)
+    actors.ended = np.zeros(1, bool)
     actors.returns, actors.lengths = np.zeros(1), np.zeros(1, int)
     for _, terminates, game in ENDINGS[ending]:
         _, terminated, _, games = actors.step(None)
@@ -946,6 +960,52 @@ def test_a_weight_that_is_not_finite_stops_the_run(lights, monkeypatch):
     with pytest.raises(ppo.NonFiniteError, match="weights not finite in update 1"):
         ppo.train(lights)
     assert not (Path(lights.run_dir) / "checkpoint.pt").exists()
+
+
+def test_each_film_shows_one_game_from_its_first_step_to_its_last(lights, monkeypatch):
+    """Three games of 8, 4 and 6 steps."""
+    films = {}
+
+    class Film:
+        def __init__(self, path):
+            self.frames = films.setdefault(path.name, [])
+
+        def write_frame(self, frame):
+            self.frames.append(frame)
+
+        def close(self):
+            self.frames.append("closed")
+
+    def step(actors, actions):
+        given, count = real(actors, actions)[:3], actors.envs.count[0]
+        return *given, [(i, 1.0, count) for i, last in enumerate((8, 4, 6)) if last == count]
+
+    real = Actors.step
+    monkeypatch.setattr(Actors, "step", step)
+    monkeypatch.setattr(ppo, "open_video", Film)
+    render = lambda envs, env_ids: [(i, int(envs.count[i])) for i in env_ids]  # noqa: E731
+    monkeypatch.setattr(Lights, "render", render, raising=False)
+    lights.capture_video, lights.eval_episodes = True, 3
+    ppo.evaluate(Agent(3), lights, Path("none"))
+    for i, steps in enumerate((8, 4, 6)):
+        assert films[f"game-{i}.mp4"] == [*((i, t) for t in range(steps)), "closed"]
+
+
+def test_the_ranks_of_a_machine_share_its_cores(lights, monkeypatch):
+    inside, real = [], ppo.update
+
+    def update(**given):
+        inside.append(torch.get_num_threads())
+        return real(**given)
+
+    monkeypatch.setattr(ppo, "update", update)
+    monkeypatch.setattr(ppo, "cores", lambda: 3)
+    lights.threads, lights.total_timesteps, folder = 0, 128, lights.run_dir
+    for ranks in ("1", "2", "4"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        lights.run_dir = f"{folder}-{ranks}"
+        ppo.train(lights)
+    assert inside == [3, 1, 1]
 
 
 def test_an_evaluation_takes_the_first_game_of_each_console(lights, monkeypatch):

@@ -472,8 +472,16 @@ def test_speed_has_a_row_per_contestant_and_a_ratio(tmp_path, monkeypatch, capsy
     assert all(float(row["memory_gb"]) > 0.1 for row in rows)
     ours, theirs = (float(row["steps_per_second"]) for row in rows)
     printed = capsys.readouterr().out
-    assert f"| {ours / theirs:.2f} (" in printed and "| 1.00 (" in printed
-    assert (tmp_path / "cartpole.md").read_text().endswith(printed)
+    assert f"| {ours / theirs:.2f} |" in printed and "| 1.00 |" in printed
+    text = (tmp_path / "cartpole.md").read_text()
+    assert text.endswith(printed) and "One measurement of each" in text
+    rows = sweep.read(tmp_path / "cartpole.csv")
+    faster = rows.assign(round="2")  # in a second round only we are twice as fast
+    faster.loc[0, "steps_per_second"] = str(2 * ours)
+    both = speed.report("cartpole", pd.concat([rows, faster], ignore_index=True))
+    ratio = ours / theirs
+    assert f"| {1.5 * ratio:.2f} ({ratio:.2f} to {2 * ratio:.2f}) |" in both
+    assert "Medians of 2 rounds" in both
 
 
 @pytest.mark.parametrize(

@@ -403,7 +403,7 @@ def test_actions_are_samples_of_the_policy():
     assert rollout["actions"].float().mean().item() == pytest.approx(0.8, abs=4 * deviation)
 
 
-def updated(script, batch, agent, **flags) -> tuple[dict, dict]:
+def updated(script, batch, agent, beta=None, **flags) -> tuple[dict, dict]:
     """Weights after one update of a copy of the agent, and its metrics."""
     copy, _ = random_batch(script, 2)
     copy.load_state_dict(agent.state_dict())
@@ -413,7 +413,7 @@ def updated(script, batch, agent, **flags) -> tuple[dict, dict]:
         optimizer=torch.optim.Adam([script.one_vector(copy)], lr=1e-2, eps=1e-5),
         batch=batch,
         objective=objective,
-        beta=objective.beta,
+        beta=objective.beta if beta is None else beta,
         args=script.Args(**{"num_minibatches": 4, "update_epochs": 4} | flags),
         rng=seeded(0),
     )
@@ -471,6 +471,20 @@ def check_resets(script) -> None:
         spoiled_weights, spoiled_metrics = updated(script, spoiled, agent, norm_adv=norm_adv)
         assert same(weights, spoiled_weights), norm_adv
         assert metrics == spoiled_metrics, norm_adv
+
+
+def check_beta_of_the_update(script) -> None:
+    """The penalty has the weight that update() is given, not the objective's first one."""
+    agent, batch = random_batch(script, 64)
+    kls = []
+    for beta in (0.0, 1.0, 1000.0):
+        _, metrics = updated(script, batch, agent, beta=beta, objective="adaptive:0.01")
+        kls.append(metrics["kl_after_update"])
+    assert kls[0] > 1.1 * kls[1] > 10 * kls[2] > 0
+
+
+def test_the_penalty_has_the_weight_that_the_update_is_given():
+    check_beta_of_the_update(ppo)
 
 
 def test_every_transition_is_in_one_minibatch_of_an_epoch_and_no_reset_in_any():

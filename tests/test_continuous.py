@@ -318,6 +318,10 @@ def test_the_metrics_after_an_update_are_of_all_transitions():
     )
 
 
+def test_the_penalty_has_the_weight_that_the_update_is_given():
+    checks.check_beta_of_the_update(ppo)
+
+
 @pytest.mark.parametrize("sample", [True, False])
 def test_every_step_of_an_evaluation_has_its_own_noise_or_none(sample, tmp_path, monkeypatch):
     """Two episodes of 200 steps; each has a stream of its own."""

@@ -29,7 +29,7 @@ from benchmark.sweep import read
 ROOT = Path(ppo_cartpole.__file__).parent
 EXAMPLES = ROOT / "examples"
 # changed lines, added or removed; a longer patch is no lesson any more
-LIMITS = {"recurrent": 68, "multidiscrete": 35, "action-mask": 30, "my-loss": 30}
+LIMITS = {"recurrent": 68, "multidiscrete": 43, "action-mask": 30, "my-loss": 30}
 TOOLS = {
     "git": ["git", "apply", "-v"],
     "patch": ["patch", "--strip=1", "--fuzz=0", "--input"],
@@ -405,6 +405,23 @@ def test_the_loaded_recurrent_policy_keeps_its_memory_too(recalled, patched):
     assert actions.shape == (3,) and memory.shape == (3, 64)
 
 
+def test_the_recurrent_policy_samples_with_noise_and_counts_as_the_environment_does(
+    patched, tmp_path, monkeypatch
+):
+    """Noise makes one action all but certain. Levers are numbered from 1; the third one pays."""
+    module = patched("recurrent")
+    trained(module, f"--env-id Lever-v0 --total-timesteps 512 {SMALL}", tmp_path)
+    agent, args = module.load_agent(str(tmp_path / "run"))
+    args = replace(args, sample_actions=True, eval_episodes=2)
+    policy = module.load_policy(str(tmp_path / "run"), sample_actions=True)
+    for i, noise in enumerate(1000 * np.eye(3, dtype=np.float32)):
+        draw = lambda shape, rng, noise=noise: np.broadcast_to(noise, shape)  # noqa: E731
+        monkeypatch.setattr(module, "draw_noise", draw)
+        assert module.evaluate(agent, args, tmp_path) == [5.0 if i == 2 else 0.0] * 2
+        actions, _ = policy(np.zeros((4, 3), np.float32), np.zeros((4, 64), np.float32))
+        assert actions.tolist() == [i + 1] * 4
+
+
 def test_a_resumed_recurrent_run_ends_with_the_same_bits(patched, tmp_path, monkeypatch):
     module = patched("recurrent")
     flags = "--env-id examples:PositionOnlyCartPole-v1 --total-timesteps 1024 --num-envs 4"
@@ -477,6 +494,12 @@ def test_multidiscrete_learns(patched, tmp_path, monkeypatch):
     agent, args = module.load_agent(str(tmp_path / "run"))
     sampled = module.evaluate(agent, replace(args, sample_actions=True), tmp_path)
     assert np.mean(sampled) > 4
+    shapes, draw_noise = [], module.draw_noise
+    draw = lambda shape, rng: shapes.append(shape) or draw_noise(shape, rng)  # noqa: E731
+    monkeypatch.setattr(module, "draw_noise", draw)
+    sampling = module.load_policy(str(tmp_path / "run"), sample_actions=True)
+    assert sampling(obs).shape == (3, 2) and sampling(obs[0]).shape == (2,)
+    assert shapes == [(3, 2, 3), (2, 3)]  # each dial has its own here, too
     wrong = module.parse_args(["--env-id", "Lever-v0", "--run-dir", str(tmp_path / "none")])
     with pytest.raises(module.UserError, match="wants MultiDiscrete"):
         module.train(wrong)

@@ -3,6 +3,7 @@ what it promises about its runs; that it learns; and what happens when somebody 
 
 import contextlib
 import csv
+import hashlib
 import importlib.util
 import json
 import math
@@ -163,6 +164,10 @@ def check_loss(module, ratio="token", loss_agg="grpo", kl_estimator="k3", clip_h
     assert low > 0 and high > 0  # both sides were tried
     assert metrics["clip_ratio/region_mean"].item() == pytest.approx(low + high)
     assert metrics["policy_loss"].item() == loss.item()
+    batch["advantages"] = torch.zeros(len(batch["advantages"]))  # nothing but the KL is left
+    tokens = Args(loss_agg="dapo", kl_estimator=kl_estimator, kl_coef=1.0)
+    kl = loss_by_hand(tokens, new, batch, 9)
+    assert metrics["kl"].item() == pytest.approx(kl, abs=1e-6)
 
 
 @pytest.mark.parametrize("clip_high", [0.2, 0.28])
@@ -368,6 +373,7 @@ def test_the_exact_kl_and_the_entropy_are_those_of_torch_distributions():
 
 # ------------------------------------------------------------------------------------- the policy
 TASKS = {name: make() for name, make in grpo.TASKS.items()}
+QUESTIONS = {"sort": "740d87a3df226edb", "countdown": "048dc3aa78201a52"}  # hashes of all of them
 
 
 def count_task(**changes) -> Task:
@@ -586,6 +592,7 @@ def test_each_inner_step_follows_its_own_gradient_scaled_down_to_the_limit(limit
     assert (first - start).norm().item() == pytest.approx(min(norms[0], limit), rel=1e-3)
     assert (second - first).abs().max() > 1e-3
     torch.testing.assert_close(both, second)
+    assert norms[2] == pytest.approx((norms[0] + norms[1]) / 2, rel=1e-4) != norms[1]  # the mean
 
 
 @pytest.mark.parametrize("anneal", [True, False])
@@ -617,6 +624,7 @@ def test_the_metrics_of_a_batch_by_hand():
     found = grpo.group_metrics(torch.tensor([[1.0, 0.5], [1.0, 0.0]]), answers)
     by_hand = {
         "reward": 0.625,
+        "reward_std": pytest.approx((0.125**0.5 + 0.5**0.5) / 2),  # of each group, with n - 1
         "frac_right": 0.5,
         "frac_all_right": 0.0,
         "frac_all_wrong": 0.0,
@@ -776,6 +784,9 @@ def test_the_defaults_are_what_they_were():
     assert {name: getattr(Args(), name) for name in DEFAULTS} == DEFAULTS
     steps = {name: (task.total_timesteps, task.warmup_steps) for name, task in TASKS.items()}
     assert steps == {"sort": (200_000, 0), "countdown": (500_000, 500)}
+    for name, task in TASKS.items():
+        questions = json.dumps([task.prompts, task.held_out]).encode()
+        assert hashlib.sha256(questions).hexdigest()[:16] == QUESTIONS[name]
 
 
 def test_threads_may_stand_beside_resume(finished, main, tmp_path):
@@ -958,7 +969,8 @@ def test_everything_a_run_leaves(name, finished):
         lengths = np.array([float(episode["length"]) for episode in batch])
         groups, right = rewards.reshape(2, 4), rewards == 1
         assert float(row["reward"]) == pytest.approx(rewards.mean())
-        assert float(row["reward_std"]) == pytest.approx(rewards.std(ddof=1), abs=1e-6)
+        deviations = groups.std(1, ddof=1)
+        assert float(row["reward_std"]) == pytest.approx(deviations.mean(), abs=1e-6)
         assert float(row["frac_reward_zero_std"]) == np.mean(groups.max(1) == groups.min(1))
         assert float(row["frac_right"]) == right.mean()
         assert float(row["frac_all_right"]) == (groups == 1).all(1).mean()
