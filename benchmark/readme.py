@@ -138,7 +138,11 @@ def lunarlander() -> str:
 
 def in_short() -> str:
     """The table of results on the front page: a sentence for each, from the committed tables."""
-    scores = {row["objective"]: row for row in table("table1-bootstrapped/scores.md")}
+    scores = {row["objective"]: row for row in table("table1/scores.md")}
+    seeds = re.search(r"7 tasks x (\d+) seeds", result("table1/scores.md"))[1]
+    alike = re.search(r"^\| Spearman [^|]*\|[^|]*\| ([^|]*) \|", result("table1/summary.md"), re.M)[
+        1
+    ]
     clip, none = scores["`clip:0.2`"], scores["`none`"]
     ours = clip["ours: mean [95%]"], none["ours: mean [95%]"]
     finals = []
@@ -152,10 +156,9 @@ def in_short() -> str:
     pong = table("atari/summary.md")[0]
     grpo = {row[""]: row for row in table("grpo/summary.md")}
     found = {
-        "[Table 1](benchmark/README.md#the-papers-table-1), three seeds, limits bootstrapped": (
-            f"`clip:0.2` scores {ours[0]}, `none` {ours[1]}; "
-            f"the paper {clip['the paper']} and {none['the paper']}. "
-            "Its 0 and 1 are other returns: compare the order"
+        f"[Table 1](benchmark/README.md#the-papers-table-1), {seeds} of 10 seeds": (
+            f"`clip:0.2` scores {ours[0]} (paper {clip['the paper']}), `none` {ours[1]} "
+            f"({none['the paper']}); 0 and 1 are our choice. Rank correlation {alike}"
         ),
         "[Figure 3](benchmark/README.md#figure3), three seeds or more": (
             f"PPO is first on{frozen}with TRPO's sigma frozen, on{learned}with it learned; "
@@ -272,6 +275,7 @@ def chapter(folder: str, count: int = 1) -> str:
     text = (lead + "".join(sections[:count])).strip("\n")
     text = re.sub(r"^## ", "#### ", text, flags=re.M)
     text = re.sub(r"\]\((?!https?:|#)", f"](results/{folder}/", text)
+    text = text.replace(f"](results/{folder}/../", "](results/")
     heading = f'<a id="{folder}"></a>\n\n### {title.removeprefix("# ")}'
     return f"{heading}\n\n{text}\n\nAll of it: [summary.md](results/{folder}/summary.md)."
 
