@@ -1442,7 +1442,7 @@ class Run:
 def describe(returns: list[float]) -> str:
     """The returns of an evaluation in words."""
     mean, std = np.mean(returns), np.std(returns)
-    digits = 1 if abs(mean) >= 10 else 3  # some returns are below 1
+    digits = 1 if abs(mean) >= 10 else 3  # small returns need more digits
     return f"evaluation {mean:.{digits}f} +- {std:.{digits}f} in {len(returns)} episodes"
 
 

@@ -368,16 +368,16 @@ class Actors:
 
         Rewards and ends are those that learning gets; a game is (actor, return, length), in its own
         points, over all its lives. The step after an end ignores the action and pays 0: it idles up
-        to 30 frames, in a new game if the last one is over. There are six kinds of ending:
+        to 30 frames, in a new game if the last one is over. There are seven kinds of ending:
 
         what happens                       EnvPool reports     learning gets       the game
         a life is lost                     terminated          terminated          goes on
         the game ends                      terminated          terminated          is over
-        27,000 steps have passed *         truncated           truncated           is over
+        27,000 steps have passed           truncated           truncated           is over
+        a life is lost in step 27,000      truncated           truncated           is over
         a game ends in step 27,000         truncated           both                is over
         a game ends while it idles         nothing             nothing             is over
         it ends in the last idle frame     an end, twice       terminated, twice   is over, once
-                                           * also where a life is lost in the last of them
 
         A game that ends while it idles is noticed by its lives: the new game has more of them than
         the old one had. RoadRunner does this now and then. EnvPool then counts steps on, and so
@@ -1338,7 +1338,7 @@ class Run:
 def describe(returns: list[float]) -> str:
     """The returns of an evaluation in words."""
     mean, std = np.mean(returns), np.std(returns)
-    digits = 1 if abs(mean) >= 10 else 3  # some returns are below 1
+    digits = 1 if abs(mean) >= 10 else 3  # small returns need more digits
     return f"evaluation {mean:.{digits}f} +- {std:.{digits}f} in {len(returns)} episodes"
 
 

@@ -261,13 +261,13 @@ logarithmic from there on.
 def draw(path: Path, panels: dict[str, plot.Groups], untrained: float) -> None:
     """A panel per suspect, all on one scale unless a run goes below -10,000."""
     curves = [curve for groups in panels.values() for seeds in groups.values() for curve in seeds]
-    shared = all(returns.min() > -10_000 for _, returns in curves)
-    figure, axes = plot.sheet(len(panels), 4, (3, 2.7), sharey=shared)
+    deep = any(returns.min() < -10_000 for _, returns in curves)
+    figure, axes = plot.sheet(len(panels), 4, (3, 2.7), sharey=not deep)
     for i, (ax, (name, groups)) in enumerate(zip(axes, panels.items(), strict=True)):
         plot.curves(ax, plot.drawable(groups), OBJECTIVES, untrained)
         ax.set(title=name, xlabel="", ylabel="return (last 100)" if i % 4 == 0 else "")
         low, high = ax.get_ylim()
-        if low < -10_000:
+        if deep and low < -10_000:
             ax.set_yscale("symlog", linthresh=10_000)
             ticks = (-1_000_000, -100_000, -30_000, -10_000, 0, 10_000)
             ticks = [tick for tick in ticks if low < tick < high]

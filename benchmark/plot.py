@@ -143,7 +143,7 @@ def curves(
 
 
 def finish(ax: Axes, levels: Sequence[float]) -> None:
-    """Thin dashed lines at these levels, steps as 50k and 1M, no frame."""
+    """Thin dashed lines at these levels, steps as 50k and 1M, and two axes in place of a frame."""
     for level in levels:
         ax.axhline(level, color="0.4", linewidth=0.8, linestyle="--")
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -108,10 +108,10 @@ def speed_short() -> str:
     for row in rows:
         steps, per_core = (float(row[name].replace(",", "")) for name in ("steps/s", "per core"))
         found = re.findall(r"[\d.]+", row["times Stable-Baselines3 PPO"])  # median, and two bounds
-        middle, low, high = (float(x) * per_core / steps for x in found)
-        ratios[row["contestant"]] = f"{middle:.1f} ({low:.1f} to {high:.1f})"
+        median, *bounds = (f"{float(x) * per_core / steps:.1f}" for x in found)
+        ratios[row["contestant"]] = f"{median} ({' to '.join(bounds)})" if bounds else median
     one, *_, many = [ratio for name, ratio in ratios.items() if "continuous" in name]
-    said = f"Per core and once compiled, one agent is {one} times as fast as "
+    said = f"Per core, after compilation, one agent is {one} times as fast as "
     said += "Stable-Baselines3, and 33 agents side by side ([lockstep.py](benchmark/lockstep.py)) "
     said += f"are {many} times as fast."
     return f"{markdown([{name: row[name] for name in wanted} for row in rows])}\n{said}"
@@ -140,9 +140,8 @@ def in_short() -> str:
     """The table of results on the front page: a sentence for each, from the committed tables."""
     scores = {row["objective"]: row for row in table("table1/scores.md")}
     seeds = re.search(r"7 tasks x (\d+) seeds", result("table1/scores.md"))[1]
-    alike = re.search(r"^\| Spearman [^|]*\|[^|]*\| ([^|]*) \|", result("table1/summary.md"), re.M)[
-        1
-    ]
+    spearman = r"^\| Spearman [^|]*\|[^|]*\| ([^|]*) \|"  # in the first reading of 0 and 1
+    alike = re.search(spearman, result("table1/summary.md"), re.M)[1]
     clip, none = scores["`clip:0.2`"], scores["`none`"]
     ours = clip["ours: mean [95%]"], none["ours: mean [95%]"]
     finals = []
@@ -156,9 +155,9 @@ def in_short() -> str:
     pong = table("atari/summary.md")[0]
     grpo = {row[""]: row for row in table("grpo/summary.md")}
     found = {
-        f"[Table 1](benchmark/README.md#the-papers-table-1), {seeds} of 10 seeds": (
-            f"`clip:0.2` scores {ours[0]} (paper {clip['the paper']}), `none` {ours[1]} "
-            f"({none['the paper']}); 0 and 1 are our choice. Rank correlation {alike}"
+        f"[Table 1](benchmark/README.md#the-papers-table-1), limits as ends, {seeds} seeds": (
+            f"`clip:0.2` scores {ours[0]}, `none` {ours[1]} (paper: {clip['the paper']}, "
+            f"{none['the paper']}) with our 0 and 1. Rank correlation {alike}"
         ),
         "[Figure 3](benchmark/README.md#figure3), three seeds or more": (
             f"PPO is first on{frozen}with TRPO's sigma frozen, on{learned}with it learned; "
@@ -259,9 +258,14 @@ def rerun() -> str:
     rows = []
     for folder, (what, commands) in RERUN.items():
         path = RESULTS / folder
-        if (path / "summary.md").exists() or (path.parent / "summary.md").exists():
+        summaries = [place / "summary.md" for place in (path, path.parent)]
+        summaries = [summary for summary in summaries if summary.exists()]
+        if summaries:
             told = "<br>".join(f"`python benchmark/{command}`" for command in commands)
-            rows.append({"what": what, "command": told, "hours": f"{hours_of(folder):.1f}"})
+            hours = f"{hours_of(folder):.1f}"
+            if any("**PARTIAL" in summary.read_text() for summary in summaries):
+                hours += " so far"
+            rows.append({"what": what, "command": told, "hours": hours})
     return markdown(rows).strip()
 
 

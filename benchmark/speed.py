@@ -658,7 +658,9 @@ def of_ceiling(suite: Suite, rows: pd.DataFrame) -> str:
     first = speeds_of(rows, next(iter(suite.contestants.values())).title)
     parts = [suite.contestants[key].title for key in suite.parts]
     share = first * sum(1 / speeds_of(rows, title) for title in parts)
-    said = f"{np.median(share):.0%} ({share.min():.0%} to {share.max():.0%})"
+    said = f"{np.median(share):.0%}"
+    if len(share) > 1:
+        said += f" ({share.min():.0%} to {share.max():.0%})"
     return (
         " A loop that does one thing at a time can reach 1 / (1/x + 1/y), x and y the speeds of "
         f"its parts, here {' and '.join(map(repr, parts))}; the first row reaches {said} of that."

@@ -511,6 +511,10 @@ ENDINGS = {
         ((0.0, False, False, 3, 0), False, (10.0, 3)),  # more lives than before: another game
         ((1.0, False, False, 4, 0), False, None),  # but a life may also be won
     ],
+    "by its time limit, as a life is lost": [
+        ((1.0, False, True, 1, 0), False, (10.0, 1)),
+        ((0.0, False, False, 3, 0), False, None),
+    ],
     "in its last step": [
         ((1.0, False, True, 0, 1), True, (10.0, 1)),
         ((0.0, False, False, 3, 0), False, None),

@@ -767,7 +767,9 @@ def test_an_environment_of_the_user_whose_actions_start_at_one(process, tmp_path
     flags = "--env-id conftest:Lever-v0 --total-timesteps 8192"
     flags += " --num-envs 8 --num-steps 32 --num-minibatches 8"
     code, (line,), _ = process(*flags.split(), "--run-dir", "run")
-    assert code == 0 and line.startswith("conftest:Lever-v0, clip:0.2, seed 1: evaluation 5.0")
+    assert code == 0 and line.startswith(
+        "conftest:Lever-v0, clip:0.2, seed 1: evaluation 5.000 +- 0.000 in"
+    )
     (summary,) = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_return_mean"] == 5.0 and summary["last_100_return"] > 4
     assert {row["length"] for row in rows(tmp_path / "run" / "episodes.csv")} == {"5"}

@@ -592,7 +592,9 @@ def test_each_inner_step_follows_its_own_gradient_scaled_down_to_the_limit(limit
     assert (first - start).norm().item() == pytest.approx(min(norms[0], limit), rel=1e-3)
     assert (second - first).abs().max() > 1e-3
     torch.testing.assert_close(both, second)
-    assert norms[2] == pytest.approx((norms[0] + norms[1]) / 2, rel=1e-4) != norms[1]  # the mean
+    mean = (norms[0] + norms[1]) / 2
+    assert norms[2] == pytest.approx(mean, rel=1e-4)
+    assert norms[1] != pytest.approx(mean, rel=1e-4)
 
 
 @pytest.mark.parametrize("anneal", [True, False])

@@ -396,11 +396,12 @@ def test_a_result_has_its_chapter_once_it_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.chapter("new") == ""
     (tmp_path / "new").mkdir()
-    sections = "## First\n\n[runs](runs.csv)\n\n## Second\n\nmore\n"
+    sections = "## First\n\n[runs](runs.csv) [more](../old/runs.csv)\n\n## Second\n\nmore\n"
     (tmp_path / "new/summary.md").write_text(f"# A new result\n\n{sections}")
     text = readme.chapter("new")
     assert text.startswith('<a id="new"></a>\n\n### A new result\n\n#### First\n')
-    assert "[runs](results/new/runs.csv)" in text and "Second" not in text
+    assert "[runs](results/new/runs.csv) [more](results/old/runs.csv)" in text
+    assert "Second" not in text
     assert text.endswith("[summary.md](results/new/summary.md).")
 
 
