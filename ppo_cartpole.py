@@ -1347,7 +1347,7 @@ def given_flags(argv: list[str]) -> list[str]:
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
         if flag.startswith("--"):
             given[name] = flag
-        is_switch = isinstance(getattr(Args, name, None), bool)
+        is_switch = flag.startswith("--") and isinstance(getattr(Args, name, None), bool)
         if is_switch and (attached or following.lower() in truths):
             name = name.replace("_", "-")
             raise UserError(f"{flag} takes no value: it is --{name} or --no-{name}")

@@ -167,7 +167,7 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
         else:
             options |= {"vectorization_mode": "sync", "wrappers": [Checked]}
             options["disable_env_checker"] = True  # Checked does that
-            # Gymnasium warns that MuJoCo's -v4 is old, but EnvPool has only that
+            # Gymnasium warns that MuJoCo's -v4 is old; our results are of -v4
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 envs = gym.make_vec(args.env_id, num_envs, **options)
     except (Exception, SystemExit) as reason:  # an environment may raise anything
@@ -273,7 +273,7 @@ class Agent(nn.Module):
         The policy is made here alone: what is changed here is played, learned and evaluated.
         """
         mean = self.actor(self.normalise(obs))
-        # not expand_as(): a view of a parameter carries a gradient, under no_grad() too
+        # a copy: as a view of log_std, what is recorded would change with the weights
         return mean, self.log_std + torch.zeros_like(mean)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -1117,8 +1117,8 @@ def space_checkpoints(args: Args, episode_limit: int | None) -> None:
 def checkpoint_due(args: Args, updates: int, num_episodes: int) -> bool:
     """Whether a checkpoint follows this update. No clock decides, or the bits would differ.
 
-    If --checkpoint-every is 0, the actors must have ended 50 episodes each since the last one;
-    num_episodes is their sum. A long run has ten checkpoints in any case.
+    If --checkpoint-every is 0, the actors must have ended 50 episodes each since the last one, on
+    average; num_episodes is their sum. A long run then has ten checkpoints or more.
     """
     if args.checkpoint_every > 0:
         return updates % args.checkpoint_every == 0
@@ -1594,7 +1594,7 @@ def given_flags(argv: list[str]) -> list[str]:
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
         if flag.startswith("--"):
             given[name] = flag
-        is_switch = isinstance(getattr(Args, name, None), bool)
+        is_switch = flag.startswith("--") and isinstance(getattr(Args, name, None), bool)
         if is_switch and (attached or following.lower() in truths):
             name = name.replace("_", "-")
             raise UserError(f"{flag} takes no value: it is --{name} or --no-{name}")

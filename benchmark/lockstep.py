@@ -4,19 +4,20 @@
     python benchmark/lockstep.py --preset paper --seeds 1 2 3 --run-dir runs/mine
     python benchmark/lockstep.py --resume runs/mine
 
-trains an agent for every pair of seed and objective. All other flags are ppo_continuous.py's. Below
-the run folder, every agent has the folder that the script would have made, such as clip-0.2__1, so
-that `ppo_continuous.py --evaluate`, load_policy() and benchmark/plot.py need not know where it
-comes from.
+trains an agent for every pair of seed and objective. All other flags are ppo_continuous.py's, but
+for --evaluate. Below the run folder, every agent has a folder of its own, such as clip-0.2__1, with
+the files that the script would have written. So `ppo_continuous.py --evaluate`, load_policy() and
+benchmark/plot.py take it like any other.
 
 Agent, loss terms, advantages and random streams are the script's own functions. This file adds the
 axis of agents, A, and writes again what that axis forces: means over a minibatch in which reset
 rows weigh 0, the gradient's norm and an Adam step for each agent (gradient_step), the steps of an
 update (update_group), how a rollout becomes batches (make_batches), the evaluation, and what
 happens when an agent meets a number that is not finite (it is frozen). Every random stream of an
-agent is keyed by its seed alone. So an agent starts with the same bits alone and in a crowd, and
-agents of one seed share weights, noise, minibatch order and environments: their objectives can be
-compared in pairs.
+agent is keyed by its seed alone. So an agent starts with the same bits alone and in a crowd, on the
+same simulator (--env-backend auto counts the actors of all agents). And agents of one seed begin
+with the same weights, and get the same noise, minibatch orders and environment seeds: their
+objectives can be compared in pairs.
 """
 
 import argparse
@@ -25,7 +26,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -441,9 +441,10 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     states, parts, runs = [], [], []
     for i, mine in enumerate(crowd):
         path = folder / agent_name(mine)
-        if saved is None:
-            shutil.rmtree(path, ignore_errors=True)  # begun, and stopped before a checkpoint
-        resume = str(path) if saved else None
+        resume = None
+        if args.resume is not None:
+            path.mkdir(exist_ok=True)  # the crowd may have been stopped before it made this one
+            resume = str(path)
         flags = {"run_dir": str(path), "resume": resume, "checkpoint_every": args.checkpoint_every}
         mine = replace(mine, **flags)
         mine_saved = saved["agents"][i] if saved else None

@@ -317,3 +317,8 @@ def test_help_explains_every_flag(main, tmp_path):
         explained, _, default = text[match.end() : end].partition("(default:")
         assert len(explained.split()) >= 3, match[0]
         assert default.strip(" )"), match[0]
+
+
+def test_the_value_of_a_flag_may_look_like_a_switch():
+    assert ppo.parse_args(["--run-dir", "track=1"]).run_dir == "track=1"
+    assert ppo.given_flags(["--wandb-project", "compile", "1"]) == ["wandb_project"]

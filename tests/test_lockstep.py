@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -635,6 +636,28 @@ def test_a_crowd_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch
             mine["optimizer"]["state"].values(), theirs["optimizer"]["state"].values(), strict=True
         ):
             same(a, b)
+
+
+def test_a_crowd_without_a_checkpoint_is_left_to_the_process_that_works_on_it(
+    tmp_path, monkeypatch
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ppo, "collect", stop)
+        train(tmp_path / "crowd", **FLAGS)
+    files = sorted((tmp_path / "crowd").glob("*/metrics.csv"))
+    assert len(files) > 1 and not list(tmp_path.rglob("checkpoint.pt"))
+    hold = f"import fcntl; f = open({str(files[0])!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX);"
+    hold += "f.write('mine'); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold], **pipes) as holder:
+        holder.stdout.readline()
+        with pytest.raises(ppo.UserError, match="another process is at work on it"):
+            lockstep.train(Args(resume=str(tmp_path / "crowd")), [], [])
+        holder.communicate(b"\n")
+    assert files[0].read_text() == "mine"  # it was not put in the place of another file
 
 
 def test_without_a_checkpoint_a_crowd_starts_over(tmp_path, monkeypatch):
