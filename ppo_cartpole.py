@@ -870,8 +870,8 @@ def space_checkpoints(args: Args, episode_limit: int | None) -> None:
 def checkpoint_due(args: Args, updates: int, num_episodes: int) -> bool:
     """Whether a checkpoint follows this update. No clock decides, or the bits would differ.
 
-    If --checkpoint-every is 0, the actors must have ended 50 episodes each since the last one;
-    num_episodes is their sum. A long run has ten checkpoints in any case.
+    If --checkpoint-every is 0, the actors must have ended 50 episodes each since the last one, on
+    average; num_episodes is their sum. A long run then has ten checkpoints or more.
     """
     if args.checkpoint_every > 0:
         return updates % args.checkpoint_every == 0
