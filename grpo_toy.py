@@ -1488,10 +1488,11 @@ def given_flags(argv: list[str]) -> list[str]:
     truths = ("true", "false", "yes", "no", "on", "off", "1", "0")
     for word, following in zip(argv, [*argv[1:], ""], strict=False):  # each with the word after it
         flag, attached, _ = word.partition("=")
+        if not flag.startswith("--"):
+            continue
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if flag.startswith("--"):
-            given[name] = flag
-        is_switch = flag.startswith("--") and isinstance(getattr(Args, name, None), bool)
+        given[name] = flag
+        is_switch = isinstance(getattr(Args, name, None), bool)
         if is_switch and (attached or following.lower() in truths):
             name = name.replace("_", "-")
             raise UserError(f"{flag} takes no value: it is --{name} or --no-{name}")

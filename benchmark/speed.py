@@ -616,6 +616,12 @@ def speeds_of(rows: pd.DataFrame, title: str) -> np.ndarray:
     return numbers(rows["steps_per_second"][rows["contestant"] == title]).to_numpy()
 
 
+def with_range(x: np.ndarray, form: str) -> str:
+    """The median, and where there are several the smallest and the largest."""
+    middle, low, high = (f"{value:{form}}" for value in (np.median(x), x.min(), x.max()))
+    return f"{middle} ({low} to {high})" if len(x) > 1 else middle
+
+
 def table(suite: Suite, rows: pd.DataFrame) -> list[dict]:
     """Rows of SUITE.csv -> rows of SUITE.md.
 
@@ -628,12 +634,6 @@ def table(suite: Suite, rows: pd.DataFrame) -> list[dict]:
         if mine.empty:
             continue
         speeds, peers = speeds_of(rows, contestant.title), speeds_of(rows, peer)
-        shown = ""
-        if len(peers):
-            ratios = speeds / peers
-            shown = f"{np.median(ratios):.2f}"
-            if len(ratios) > 1:
-                shown += f" ({ratios.min():.2f} to {ratios.max():.2f})"
         speed = np.median(speeds)
         first = numbers(mine["first_update_seconds"]).median()
         line = {
@@ -642,7 +642,7 @@ def table(suite: Suite, rows: pd.DataFrame) -> list[dict]:
             "steps/s": f"{speed:,.0f}",
             "per agent": f"{speed / contestant.agents:,.0f}",
             "per core": f"{speed / contestant.cores:,.0f}" if contestant.cores else "",
-            f"times {peer}": shown,
+            f"times {peer}": with_range(speeds / peers, ".2f") if len(peers) else "",
             "first update, s": "" if np.isnan(first) else f"{first:.1f}",
             "memory, GB": f"{numbers(mine['memory_gb']).median():.1f}",
         }
@@ -658,9 +658,7 @@ def of_ceiling(suite: Suite, rows: pd.DataFrame) -> str:
     first = speeds_of(rows, next(iter(suite.contestants.values())).title)
     parts = [suite.contestants[key].title for key in suite.parts]
     share = first * sum(1 / speeds_of(rows, title) for title in parts)
-    said = f"{np.median(share):.0%}"
-    if len(share) > 1:
-        said += f" ({share.min():.0%} to {share.max():.0%})"
+    said = with_range(share, ".0%")
     return (
         " A loop that does one thing at a time can reach 1 / (1/x + 1/y), x and y the speeds of "
         f"its parts, here {' and '.join(map(repr, parts))}; the first row reaches {said} of that."

@@ -3,6 +3,7 @@
 The environments are registered on import: --env-id conftest:Name-v0 finds them in any process.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -77,6 +78,19 @@ def spoil_updates(patch: pytest.MonkeyPatch, script, bias_of) -> None:
 def weights_of(agent: torch.nn.Module) -> torch.Tensor:
     """All of them, one vector: a copy, which does not change when they do."""
     return torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
+
+
+@contextlib.contextmanager
+def locked_elsewhere(path: Path, text: str = ""):
+    """Another process holds the lock of a file inside, and adds `text` to it at the end."""
+    hold = f"import fcntl; file = open({str(path)!r}, 'a'); fcntl.lockf(file, fcntl.LOCK_EX);"
+    hold += f"print(flush=True); input(); file.write({text!r})"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold], **pipes) as holder:
+        holder.stdout.readline()
+        yield
+        holder.communicate(b"\n")
+    assert holder.returncode == 0
 
 
 class Outcome(NamedTuple):

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import spy_on_restarts, weights_of
+from conftest import locked_elsewhere, spy_on_restarts, weights_of
 
 import ppo_continuous as ppo
 from benchmark import lockstep
@@ -649,14 +648,11 @@ def test_a_crowd_without_a_checkpoint_is_left_to_the_process_that_works_on_it(
         train(tmp_path / "crowd", **FLAGS)
     files = sorted((tmp_path / "crowd").glob("*/metrics.csv"))
     assert len(files) > 1 and not list(tmp_path.rglob("checkpoint.pt"))
-    hold = f"import fcntl; f = open({str(files[0])!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX);"
-    hold += "f.write('mine'); print(flush=True); input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", hold], **pipes) as holder:
-        holder.stdout.readline()
-        with pytest.raises(ppo.UserError, match="another process is at work on it"):
-            lockstep.train(Args(resume=str(tmp_path / "crowd")), [], [])
-        holder.communicate(b"\n")
+    with (
+        locked_elsewhere(files[0], text="mine"),
+        pytest.raises(ppo.UserError, match="another process is at work on it"),
+    ):
+        lockstep.train(Args(resume=str(tmp_path / "crowd")), [], [])
     assert files[0].read_text() == "mine"  # it was not put in the place of another file
 
 

@@ -19,6 +19,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import locked_elsewhere
 
 import grpo_toy
 import ppo_atari
@@ -396,13 +397,8 @@ def test_after_a_failure_the_generators_go_on_where_the_last_update_left_them(
 def test_a_folder_belongs_to_one_process_at_a_time(run, main, tmp_path):
     assert run("Good").code == 0
     before = (tmp_path / "run/metrics.csv").read_bytes()
-    hold = "import fcntl; f = open('run/metrics.csv', 'a'); fcntl.lockf(f, fcntl.LOCK_EX);"
-    hold += "print(flush=True); input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, **pipes) as holder:
-        holder.stdout.readline()
+    with locked_elsewhere(tmp_path / "run/metrics.csv"):
         code, out, err = main("--resume", "run")
-        holder.communicate(b"\n")
     assert (code, out) == (2, [])
     assert err == ["error: run: another process is at work on it; wait until it has ended"]
     assert (tmp_path / "run/metrics.csv").read_bytes() == before
