@@ -1157,8 +1157,7 @@ def load_run(run_dir: str) -> tuple[Args, dict | None]:
     if script != Path(__file__).stem:
         raise UserError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
     if unknown:
-        made = "made by another version or by benchmark/lockstep.py"
-        raise UserError(f"{run_dir} was {made}: this script has no flags {unknown}")
+        raise UserError(f"{run_dir} is of another version: this script has no flags {unknown}")
     if saved is not None and "updates" not in saved.get("state", {}):
         raise UserError(f"{run_dir} was made by another version of {script}.py")
     if saved is not None and saved["args"] != flags:
@@ -1296,8 +1295,6 @@ class Run:
         self.bar = tqdm(
             total=steps, initial=done, desc=self.title, unit_scale=True, disable=self.hide_bar
         )
-        if getattr(args, "compile", False):
-            self.bar.set_postfix_str("the first update compiles")
 
     def make_folder(self) -> None:
         """Raises UserError where there is a folder, and it is not empty."""

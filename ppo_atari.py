@@ -340,9 +340,9 @@ def total_loss(means: dict[str, Tensor], args: Args) -> Tensor:
 def adapt_beta(beta: float, kl: float, objective: Objective) -> float:
     """Section 4, after each update: double beta if the KL was too large, halve it if too small."""
     if kl > 1.5 * objective.kl_target:
-        return min(2 * beta, 1e30)  # float32 still holds that
+        return min(2 * beta, 1e30)  # float32 holds both bounds
     if kl < objective.kl_target / 1.5:
-        return beta / 2
+        return max(beta / 2, 1e-30)
     return beta
 
 
@@ -620,6 +620,7 @@ def train(args: Args) -> tuple[Agent, dict]:
     if rank == 0:
         who = {"seed": args.seed, "objective": args.objective}
         run = Run(args, {"env_id": args.env_id}, who, saved)
+        run.bar.set_postfix_str("the first update compiles" if args.compile else "")
 
     with contextlib.closing(run) if rank == 0 else contextlib.nullcontext():
         restart = True  # environments cannot be saved: they begin anew after a checkpoint
@@ -637,8 +638,7 @@ def train(args: Args) -> tuple[Agent, dict]:
             check_finite(computed, iteration + 1)
 
             # ADVANTAGES
-            terminated = rollout["terminated"]
-            truncated = rollout["truncated"]
+            terminated, truncated = rollout["terminated"], rollout["truncated"]
             if not args.bootstrap_truncated:  # a time limit counts as an end
                 terminated = terminated | truncated
             values = rollout["values"].cpu()  # gae takes many small steps, slow on a GPU
@@ -1053,8 +1053,7 @@ def load_run(run_dir: str) -> tuple[Args, dict | None]:
     if script != Path(__file__).stem:
         raise UserError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
     if unknown:
-        made = "made by another version or by benchmark/lockstep.py"
-        raise UserError(f"{run_dir} was {made}: this script has no flags {unknown}")
+        raise UserError(f"{run_dir} is of another version: this script has no flags {unknown}")
     if saved is not None and "updates" not in saved.get("state", {}):
         raise UserError(f"{run_dir} was made by another version of {script}.py")
     if saved is not None and saved["args"] != flags:
@@ -1192,8 +1191,6 @@ class Run:
         self.bar = tqdm(
             total=steps, initial=done, desc=self.title, unit_scale=True, disable=self.hide_bar
         )
-        if getattr(args, "compile", False):
-            self.bar.set_postfix_str("the first update compiles")
 
     def make_folder(self) -> None:
         """Raises UserError where there is a folder, and it is not empty."""

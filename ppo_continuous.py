@@ -394,9 +394,9 @@ def total_loss(means: dict[str, Tensor], args: Args) -> Tensor:
 def adapt_beta(beta: float, kl: float, objective: Objective) -> float:
     """Section 4, after each update: double beta if the KL was too large, halve it if too small."""
     if kl > 1.5 * objective.kl_target:
-        return min(2 * beta, 1e30)  # float32 still holds that
+        return min(2 * beta, 1e30)  # float32 holds both bounds
     if kl < objective.kl_target / 1.5:
-        return beta / 2
+        return max(beta / 2, 1e-30)
     return beta
 
 
@@ -657,11 +657,13 @@ def train(args: Args) -> tuple[Agent, dict]:
     check_interface(args, actors.envs)
     state, parts = begin(args, actors, saved)
     agent = parts["agent"]
-    gradient_fn = compiled(gradient) if args.compile and has_compiler() else gradient
+    compiling = args.compile and has_compiler()
+    gradient_fn = compiled(gradient) if compiling else gradient
     space_checkpoints(args, actors.episode_limit)
     note_far_bounds(args, actors.envs.single_action_space)
     who = {"seed": args.seed, "objective": args.objective}
     run = Run(args, {"env_id": args.env_id}, who, saved)
+    run.bar.set_postfix_str("the first update compiles" if compiling else "")
 
     with contextlib.closing(actors), contextlib.closing(run):
         restart = True  # environments cannot be saved: they begin anew after a checkpoint
@@ -679,12 +681,10 @@ def train(args: Args) -> tuple[Agent, dict]:
 
             # ADVANTAGES
             if args.scale_rewards:
-                rollout["rewards"] = scale_rewards(
-                    rollout, actors, parts["return_stats"], args.gamma
-                )
+                return_stats = parts["return_stats"]
+                rollout["rewards"] = scale_rewards(rollout, actors, return_stats, args.gamma)
             rollout = {name: x.to(args.device) for name, x in rollout.items()}
-            terminated = rollout["terminated"]
-            truncated = rollout["truncated"]
+            terminated, truncated = rollout["terminated"], rollout["truncated"]
             if not args.bootstrap_truncated:  # a time limit counts as an end
                 terminated = terminated | truncated
             with torch.no_grad():
@@ -806,7 +806,8 @@ RESUME_FLAGS = ("device", "compile")  # go beside --resume: a run may go on on a
 LIMITS = {
     (0, 2**31 - 1): ["seed"],
     (1, 10**12): ["total_timesteps"],
-    (1, 2**20): ["num_envs", "num_steps", "update_epochs", "num_minibatches", "eval_episodes"],
+    (1, 2**20): ["num_envs", "update_epochs", "num_minibatches", "eval_episodes"],
+    (2, 2**20): ["num_steps"],  # every second row may be a reset
     (0, 1): ["gamma", "gae_lambda"],
     (0, 1e12): ["vf_coef", "ent_coef", "checkpoint_every"],
     (1e-12, 1e12): ["learning_rate", "value_clip", "target_kl"],
@@ -1100,7 +1101,7 @@ def space_checkpoints(args: Args, episode_limit: int | None) -> None:
     """Fill in --checkpoint-every: 50 full episodes of each actor, or a tenth of a long run.
 
     After a checkpoint every run, resumed or not, restarts its environments, and episodes are cut
-    short there. Where no time limit is registered, it stays 0, and checkpoint_due() counts.
+    short there. Where no time limit is registered, 0 stays, and checkpoint_due() counts.
     """
     if episode_limit is None:
         return
@@ -1109,7 +1110,7 @@ def space_checkpoints(args: Args, episode_limit: int | None) -> None:
     if not args.resume and 0 < args.checkpoint_every < min(safe, args.num_updates):
         what = f"--checkpoint-every below {safe} biases reported returns to short episodes"
         print(f"note: {what}", file=sys.stderr)
-    if args.total_timesteps > 1_000_000:  # a long run has ten, however long episodes may be
+    if args.total_timesteps > 1_000_000:  # a long run saves every tenth of it, too
         safe = min(safe, math.ceil(args.num_updates / 10))
     args.checkpoint_every = args.checkpoint_every or safe
 
@@ -1118,7 +1119,7 @@ def checkpoint_due(args: Args, updates: int, num_episodes: int) -> bool:
     """Whether a checkpoint follows this update. No clock decides, or the bits would differ.
 
     If --checkpoint-every is 0, the actors must have ended 50 episodes each since the last one, on
-    average; num_episodes is their sum. A long run then has ten checkpoints or more.
+    average; num_episodes is their sum. In a long run a checkpoint follows every tenth of it, too.
     """
     if args.checkpoint_every > 0:
         return updates % args.checkpoint_every == 0
@@ -1260,8 +1261,7 @@ def load_run(run_dir: str) -> tuple[Args, dict | None]:
     if script != Path(__file__).stem:
         raise UserError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
     if unknown:
-        made = "made by another version or by benchmark/lockstep.py"
-        raise UserError(f"{run_dir} was {made}: this script has no flags {unknown}")
+        raise UserError(f"{run_dir} is of another version: this script has no flags {unknown}")
     if saved is not None and "updates" not in saved.get("state", {}):
         raise UserError(f"{run_dir} was made by another version of {script}.py")
     if saved is not None and saved["args"] != flags:
@@ -1399,8 +1399,6 @@ class Run:
         self.bar = tqdm(
             total=steps, initial=done, desc=self.title, unit_scale=True, disable=self.hide_bar
         )
-        if getattr(args, "compile", False):
-            self.bar.set_postfix_str("the first update compiles")
 
     def make_folder(self) -> None:
         """Raises UserError where there is a folder, and it is not empty."""

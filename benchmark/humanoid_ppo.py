@@ -289,6 +289,7 @@ def train(args: Args) -> tuple[Agent, dict]:
     ppo.space_checkpoints(args, actors.episode_limit)
     who = {"seed": args.seed, "objective": args.objective}
     run = Run(args, {"env_id": args.env_id}, who, saved)
+    run.bar.set_postfix_str("the first update compiles" if compiling else "")
 
     with contextlib.closing(actors), contextlib.closing(run):
         restart = True  # environments cannot be saved: they begin anew after a checkpoint

@@ -259,11 +259,12 @@ def update(
         )
         for place, i in enumerate(members):
             put_back(optimizers[i], learner, place)
-            alive[i] = bool(learner["finite"][place])
             for name, total in learner["sums"].items():
                 if name != "steps":
                     metrics[i][name] = (total[place] / learner["sums"]["steps"][place]).item()
             metrics[i] |= ppo.batch_metrics(agents[i], batches[i])
+            finite = all(map(math.isfinite, metrics[i].values()))
+            alive[i] = bool(learner["finite"][place]) and finite
     return metrics, alive
 
 
@@ -304,6 +305,17 @@ def update_group(step, learner, buffers, batch, orders, epsilon, beta, lr, args)
 
 
 # ------------------------------------------------------------------------------------ THE ROLLOUT
+def follows(fast: Callable, agents: list[Agent], mean: np.ndarray, std: np.ndarray) -> bool:
+    """Whether `fast` plays as every agent's act() does, on random observations.
+
+    mean, std [A, 1, D]: each agent's statistics of observations.
+    """
+    obs = mean + ppo.trial_obs(mean.shape[-1], agents[0].obs_clip) * std
+    played = fast(obs, 1.0)
+    exact = [ppo.act(agent, mine, 1.0) for agent, mine in zip(agents, obs, strict=True)]
+    return np.allclose(played, np.stack(exact), rtol=1e-4, atol=1e-5)
+
+
 def crowd_policy(agents: list[Agent], check: bool = False) -> Callable:
     """All agents' act() as one function of obs [A * N, D] and noise [A * N, U], in NumPy.
 
@@ -317,14 +329,13 @@ def crowd_policy(agents: list[Agent], check: bool = False) -> Callable:
     mean = torch.stack([agent.obs_stats.mean for agent in agents]).cpu().numpy()[:, np.newaxis]
     std = torch.stack([agent.obs_stats.std for agent in agents]).cpu().numpy()[:, np.newaxis]
     spread = torch.stack([agent.log_std.detach() for agent in agents]).cpu().exp().numpy()
-    fast = ppo.numpy_policy(weights, mean, std, agents[0].obs_clip, spread[:, np.newaxis])
-    if check:
-        trial = ppo.trial_obs(mean.shape[-1], agents[0].obs_clip)
-        obs = mean + trial * std
-        for i, agent in enumerate(agents):
-            exact = ppo.act(agent, obs[i], 1.0)
-            if not np.allclose(fast(obs, 1.0)[i], exact, rtol=1e-4, atol=1e-5):
-                raise UserError("ppo.numpy_policy does not play Agent.policy; change both alike")
+    try:
+        fast = ppo.numpy_policy(weights, mean, std, agents[0].obs_clip, spread[:, np.newaxis])
+        same = not check or follows(fast, agents, mean, std)
+    except ValueError:  # another network
+        same = False
+    if not same:
+        raise UserError("ppo.numpy_policy does not play Agent.policy; change both alike")
 
     def play(obs: np.ndarray, noise: np.ndarray) -> np.ndarray:
         obs = obs.reshape(len(agents), -1, obs.shape[-1])
@@ -439,40 +450,41 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
     if args.resume is None:
         make_folder(folder, args, seeds, objectives)
     states, parts, runs = [], [], []
-    for i, mine in enumerate(crowd):
-        path = folder / agent_name(mine)
+    for i, agent_args in enumerate(crowd):
+        path = folder / agent_name(agent_args)
         resume = None
         if args.resume is not None:
             path.mkdir(exist_ok=True)  # the crowd may have been stopped before it made this one
             resume = str(path)
         flags = {"run_dir": str(path), "resume": resume, "checkpoint_every": args.checkpoint_every}
-        mine = replace(mine, **flags)
-        mine_saved = saved["agents"][i] if saved else None
-        state, mine_parts = ppo.begin(mine, actors, mine_saved)
-        who = {"seed": mine.seed, "objective": mine.objective}
+        agent_args = replace(agent_args, **flags)
+        agent_saved = saved["agents"][i] if saved else None
+        state, agent_parts = ppo.begin(agent_args, actors, agent_saved)
+        who = {"seed": agent_args.seed, "objective": agent_args.objective}
         states.append(state)
-        parts.append(mine_parts)
-        runs.append(AgentRun(mine, {"env_id": mine.env_id}, who, mine_saved))
+        parts.append(agent_parts)
+        runs.append(AgentRun(agent_args, {"env_id": args.env_id}, who, agent_saved))
     flags = flags_of(args)
     if saved is not None:
         flags = saved["args"]  # as in config.json, also where the run has moved
         save_crowd(folder, flags, saved["agents"])  # files of agents may be older, or missing
-    agents = [mine["agent"] for mine in parts]
-    steps = make_steps(agents, crowd, compiling=args.compile and ppo.has_compiler())
+    agents = [agent_parts["agent"] for agent_parts in parts]
+    compiling = args.compile and ppo.has_compiler()
+    steps = make_steps(agents, crowd, compiling)
     threads = cores() if count >= 4 else 1  # the steps of few agents are too small to share
     done = states[0]["updates"]
     total = args.num_updates * args.batch_size * count
     bar = tqdm(total=total, initial=done * args.batch_size * count, unit_scale=True, disable=None)
     bar.set_description(f"{args.env_id} x{count}")
-    if args.compile:
-        bar.set_postfix_str("the first update compiles")
+    bar.set_postfix_str("the first update compiles" if compiling else "")
 
     def save() -> None:
         each = zip(runs, states, parts, strict=True)
-        save_crowd(folder, flags, [run.checkpoint(*mine) for run, *mine in each])
+        checkpoints = [run.checkpoint(state, agent_parts) for run, state, agent_parts in each]
+        save_crowd(folder, flags, checkpoints)
 
     restart = True
-    generators = [mine["action_rng"] for mine in parts]
+    generators = [agent_parts["action_rng"] for agent_parts in parts]
     with contextlib.ExitStack() as stack:
         for open_now in (actors, *runs):
             stack.enter_context(contextlib.closing(open_now))
@@ -484,12 +496,12 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
             with ppo.saving_work(save, generators, f"{args.env_id}, update {iteration + 1}"):
                 if restart:
                     seeds_now = []
-                    for mine in crowd:
-                        first = ppo.stream(mine.seed, "environments", iteration)
+                    for agent_args in crowd:
+                        first = ppo.stream(agent_args.seed, "environments", iteration)
                         seeds_now += range(first, first + args.num_envs)
                     actors.restart(seeds_now)
                     num_episodes = np.zeros(count, int)  # of each agent since the last checkpoint
-                noise = [ppo.draw_noise(shape, mine["action_rng"]) for mine in parts]
+                noise = [ppo.draw_noise(shape, generator) for generator in generators]
                 rollout, episodes = ppo.collect(play, actors, np.concatenate(noise, 1))
             if iteration == done:
                 obs, actions = split(rollout["obs"], count), split(rollout["actions"], count)
@@ -504,7 +516,7 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
                 # no NaN in anybody's kernels
                 rollout[name] = rollout[name].nan_to_num(0.0, 0.0, 0.0)
             alive = [alive[i] and i not in broken for i in range(count)]
-            return_stats = [mine["return_stats"] for mine in parts]
+            return_stats = [agent_parts["return_stats"] for agent_parts in parts]
             batches = make_batches(agents, return_stats, actors, rollout, alive, args)
 
             # UPDATE
@@ -512,16 +524,19 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
             if args.anneal_lr:
                 lr = lr * (1 - iteration / args.num_updates)
             orders = []
-            for mine in parts:
-                order = [torch.randperm(args.batch_size, generator=mine["minibatch_rng"])
-                         for _ in range(args.update_epochs)]  # fmt: skip
+            for agent_parts in parts:
+                rng = agent_parts["minibatch_rng"]
+                order = [
+                    torch.randperm(args.batch_size, generator=rng)
+                    for _ in range(args.update_epochs)
+                ]
                 orders.append(torch.stack(order).to(args.device))
             # the first update has compiled all there is: no more checks whether that still fits
             with torch.compiler.set_stance(skip_guard_eval_unsafe=iteration > done):
                 metrics, alive = update(
                     steps=steps,
                     agents=agents,
-                    optimizers=[mine["optimizer"] for mine in parts],
+                    optimizers=[agent_parts["optimizer"] for agent_parts in parts],
                     batches=batches,
                     betas=[state["beta"] for state in states],
                     alive=alive,
@@ -548,7 +563,7 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
                     metrics[i] = dict.fromkeys(metrics[i])  # empty cells
                     if state["diverged_at"] is None:
                         state["diverged_at"] = state["updates"] * args.batch_size
-                        what = f"{broken.get(i, 'loss or gradient')} not finite in update"
+                        what = f"{broken.get(i, 'loss, gradient or KL')} not finite in update"
                         tqdm.write(f"{what} {state['updates']}: {agent_name(crowd[i])} is frozen")
                 elif crowd[i].objective.startswith("adaptive"):
                     objective = ppo.parse_objective(crowd[i].objective)
@@ -556,7 +571,7 @@ def train(args: Args, seeds: list[int], objectives: list[str]) -> list[dict]:
                 runs[i].log(state["updates"], finished[i], charts, metrics[i])
             if not any(alive):
                 raise NonFiniteError(f"no agent is finite after update {iteration + 1}")
-            num_episodes += [len(mine) for mine in finished]
+            num_episodes += [len(ended) for ended in finished]
             restart = ppo.checkpoint_due(args, iteration + 1, num_episodes.min())
             if restart or iteration + 1 == args.num_updates:
                 save()
@@ -590,14 +605,19 @@ def evaluate(agents: list[Agent], crowd: list[Args], folder: Path) -> list[list[
     actors = Actors(args, together * len(crowd))
     limit = actors.episode_limit or max(1000, args.total_timesteps // args.eval_episodes)
     play = crowd_policy(agents)
-    returns = [[] for _ in crowd]
+    episodes = [[] for _ in crowd]
     for start in range(0, args.eval_episodes, together):
         seeds = [first + start + i for first in firsts for i in range(together)]
         played = play_once(play, actors, seeds, limit, args.sample_actions)
-        for i, mine in enumerate(returns):
+        for i, mine in enumerate(episodes):
             mine += played[i * together : (i + 1) * together]
     actors.close()
-    returns = [mine[: args.eval_episodes] for mine in returns]
+    episodes = [mine[: args.eval_episodes] for mine in episodes]
+    num_cut = sum(cut for mine in episodes for _, cut in mine)
+    if num_cut:
+        what = f"{num_cut} of {len(crowd) * args.eval_episodes} evaluation episodes"
+        tqdm.write(f"note: {what} did not end by themselves and were cut after {limit:,} steps")
+    returns = [[episode_return for episode_return, _ in mine] for mine in episodes]
     for i, mine in enumerate(returns):
         if not np.isfinite(mine).all():
             tqdm.write(f"a return of the evaluation is not finite: {agent_name(crowd[i])}")
@@ -605,22 +625,22 @@ def evaluate(agents: list[Agent], crowd: list[Args], folder: Path) -> list[list[
     return returns
 
 
-def play_once(play, actors: Actors, seeds: list[int], limit: int, sample: bool) -> list[float]:
-    """The return of an episode of every actor, on its seed, or of its first `limit` steps."""
+def play_once(play, actors: Actors, seeds: list[int], limit: int, sample: bool) -> list[tuple]:
+    """An episode of every actor, on its seed: its return, and whether `limit` steps cut it."""
     actors.restart(seeds)
     rng = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (1, len(actors.low))
     noise = np.zeros((actors.num_envs, len(actors.low)), np.float32)
-    returns = {}
+    episodes = {}
     for _ in range(limit):
         if sample:
             noise = np.concatenate([ppo.draw_noise(shape, generator) for generator in rng])
         *_, ended = actors.step(play(actors.obs, noise))
         for i, episode_return, _ in ended:
-            returns.setdefault(i, episode_return)
-        if len(returns) == actors.num_envs:
+            episodes.setdefault(i, (episode_return, False))
+        if len(episodes) == actors.num_envs:
             break
-    return [returns.get(i, float(actors.returns[i])) for i in range(actors.num_envs)]
+    return [episodes.get(i, (float(actors.returns[i]), True)) for i in range(actors.num_envs)]
 
 
 # ----------------------------------------------------------------------------- FLAGS AND FOLDERS

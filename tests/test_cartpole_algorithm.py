@@ -150,7 +150,8 @@ def test_a_time_limit_is_bootstrapped_from_its_own_last_observation_or_cut(
 
 
 # ------------------------------------------------------------------------------------------ loss
-RATIOS = (0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0)
+RATIOS = (0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0)  # times 0.4 a probability
+FAR = 100.0  # of no probability: pi_old would be below 0.01
 ADVANTAGES = (2.0, -2.0)
 
 
@@ -228,6 +229,12 @@ def test_loss_and_gradient_in_closed_form(objective, ratio, advantage):
     assert grad[0].tolist() == pytest.approx([slope - penalty * p, -penalty * (1 - p)])
     assert terms["kl"].item() == pytest.approx(kl)
     assert terms["entropy"].item() == pytest.approx(-q * math.log(q) - (1 - q) * math.log(1 - q))
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_large_ratio_keeps_its_gradient(objective, advantage):
+    check_loss(ppo, objective, FAR, advantage)
 
 
 def check_value_loss(script) -> None:
@@ -366,8 +373,9 @@ def check_adapt_beta(script) -> None:
     assert (adaptive.beta, fixed.beta) == (1.0, 3.0)
     kls = (0.0151, 0.0149, 0.0067, 0.0066)  # 1.5 d_targ and d_targ / 1.5 from both sides
     assert [script.adapt_beta(4.0, kl, adaptive) for kl in kls] == [8.0, 4.0, 4.0, 2.0]
-    # doubled for ever, it would be inf in float32
+    # doubled or halved for ever, it would be inf or 0 in float32
     assert torch.tensor(script.adapt_beta(1e30, math.inf, adaptive)).isfinite()
+    assert torch.tensor(script.adapt_beta(1e-30, 0.0, adaptive)) > 0
 
 
 def test_the_adaptive_rule_has_three_branches():
@@ -401,6 +409,16 @@ def test_actions_are_samples_of_the_policy():
     rollout, _ = played(agent, 400, 50, env_id="ProbeCounter-v0")
     deviation = (0.2 * 0.8 / 20_000) ** 0.5
     assert rollout["actions"].float().mean().item() == pytest.approx(0.8, abs=4 * deviation)
+
+
+def test_each_of_three_actions_has_the_probability_of_the_policy():
+    agent, odds = Agent(1, 3), [0.05, 0.15, 0.8]
+    agent.actor.forward = lambda obs: torch.tensor(odds).log().expand(*obs.shape[:-1], 3)
+    obs = np.zeros((20_000, 1), np.float32)
+    actions = act(agent, obs, ppo.draw_noise((20_000, 3), seeded(0)))
+    for action, p in enumerate(odds):
+        deviation = (p * (1 - p) / 20_000) ** 0.5
+        assert (actions == action).mean() == pytest.approx(p, abs=4 * deviation)
 
 
 def updated(script, batch, agent, beta=None, **flags) -> tuple[dict, dict]:
@@ -676,6 +694,80 @@ def test_a_run_begins_with_adam_and_two_streams_of_its_own():
     args = Args(seed=3)
     _, parts = ppo.begin(args, Actors(args, 1), None)
     check_parts(ppo, parts, 3)
+
+
+def test_the_defaults_are_those_of_the_committed_runs():
+    """benchmark/results/classic is made with these: whoever changes one must make it again."""
+    expected = {
+        "env_id": "CartPole-v1",
+        "objective": "clip:0.2",
+        "total_timesteps": 100_000,
+        "num_envs": 32,
+        "num_steps": 64,
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
+        "norm_adv": "minibatch",
+        "bootstrap_truncated": True,
+        "update_epochs": 4,
+        "num_minibatches": 32,
+        "learning_rate": 2.5e-3,
+        "anneal_lr": True,
+        "vf_coef": 0.5,
+        "ent_coef": 0.0,
+        "value_clip": None,
+        "max_grad_norm": 0.5,
+        "target_kl": None,
+    }
+    assert {name: getattr(Args(), name) for name in expected} == expected
+
+
+def check_first_weights(script, begin) -> None:
+    """begin: a seed -> the agent that a run of this seed begins with. One seed, one start."""
+    with script.torch_threads(1):
+        first, again, other = (begin(seed).state_dict() for seed in (3, 3, 4))
+    weights = [name for name, x in first.items() if "weight" in name]
+    assert weights
+    for name in weights:
+        assert torch.equal(first[name], again[name])
+        assert not torch.equal(first[name], other[name])
+
+
+def test_a_seed_has_first_weights_of_its_own():
+    def begin(seed: int) -> Agent:
+        args = Args(seed=seed)
+        return ppo.begin(args, Actors(args, 1), None)[1]["agent"]
+
+    check_first_weights(ppo, begin)
+
+
+def check_evaluation_noise(script, agent, args, path, monkeypatch) -> None:
+    """Every step of an evaluation draws noise, or none; every episode has a stream of its own."""
+    drawn, draw_noise = [], script.draw_noise
+
+    def watched(shape, rng):
+        drawn.append(rng.initial_seed())
+        return draw_noise(shape, rng)
+
+    steps, step = [], script.Actors.step
+
+    def counted(actors, actions):
+        *rest, ended = step(actors, actions)
+        steps.append(len(ended))
+        return *rest, ended
+
+    monkeypatch.setattr(script, "draw_noise", watched)
+    monkeypatch.setattr(script.Actors, "step", counted)
+    script.evaluate(agent, args, path)
+    first = 2**30 + script.stream(args.seed, "evaluation")
+    episode_of = np.cumsum([0, *steps[:-1]])  # of every step
+    assert sum(steps) == args.eval_episodes == 2
+    assert drawn == [first + i for i in episode_of] * args.sample_actions
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_every_step_of_an_evaluation_has_its_own_noise_or_none(sample, tmp_path, monkeypatch):
+    args = Args(sample_actions=sample, eval_episodes=2)
+    check_evaluation_noise(ppo, Agent(4, 2), args, tmp_path, monkeypatch)
 
 
 def check_three_updates(script, args) -> list[dict]:

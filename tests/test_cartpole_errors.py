@@ -60,7 +60,7 @@ INTERVALS = {  # and values that are in none
     "max-grad-norm": ("1e-12 and inf", "0", "-inf", "nan"),
     "total-timesteps": ("1 and 1000000000000", "0", str(10**30)),
     "num-envs": ("1 and 1048576", "-1", "1048577"),
-    "num-steps": ("1 and 1048576", "0", str(10**400)),
+    "num-steps": ("2 and 1048576", "0", "1", str(10**400)),
     "update-epochs": ("1 and 1048576", "0"),
     "num-minibatches": ("1 and 1048576", "0", "-32"),
     "eval-episodes": ("1 and 1048576", "0", str(10**12)),

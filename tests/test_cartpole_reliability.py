@@ -621,6 +621,18 @@ def test_everything_a_run_leaves(objective, main, monkeypatch, tmp_path):
     assert f"{summary['eval_return_mean']:.1f}" in line and line.endswith(f"runs/{run.name}")
 
 
+def test_an_episode_stands_at_the_step_that_ended_it(main, tmp_path):
+    flags = "--num-envs 1 --num-steps 64 --num-minibatches 2 --total-timesteps 512"
+    assert main(*flags.split(), "--eval-episodes", 1, "--run-dir", "run").code == 0
+    episodes = rows(tmp_path / "run" / "episodes.csv")
+    assert len(episodes) > 3
+    step = 0
+    for row in episodes:
+        step += int(row["length"])
+        assert int(row["global_step"]) == step
+        step += 1  # the reset
+
+
 def test_episodic_means_are_empty_before_the_first_episode_ends(main, tmp_path):
     flags = "--num-envs 2 --num-steps 4 --num-minibatches 2 --total-timesteps 160"
     assert main(*flags.split(), "--eval-episodes", 1, "--run-dir", "run").code == 0

@@ -324,18 +324,17 @@ def test_the_penalty_has_the_weight_that_the_update_is_given():
 
 @pytest.mark.parametrize("sample", [True, False])
 def test_every_step_of_an_evaluation_has_its_own_noise_or_none(sample, tmp_path, monkeypatch):
-    """Two episodes of 200 steps; each has a stream of its own."""
-    drawn, draw_noise = [], ppo.draw_noise
-
-    def watched(shape, rng):
-        drawn.append(rng.initial_seed())
-        return draw_noise(shape, rng)
-
-    monkeypatch.setattr(ppo, "draw_noise", watched)
     args = small(env_id="Pendulum-v1", sample_actions=sample)
-    ppo.evaluate(Agent(3, 1, obs_clip=10.0, log_std=0.0), args, tmp_path)
-    first = 2**30 + ppo.stream(1, "evaluation")
-    assert drawn == ([first] * 200 + [first + 1] * 200) * sample
+    agent = Agent(3, 1, obs_clip=10.0, log_std=0.0)
+    checks.check_evaluation_noise(ppo, agent, args, tmp_path, monkeypatch)
+
+
+def test_a_seed_has_first_weights_of_its_own():
+    def begin(seed: int) -> Agent:
+        args = small(env_id="Pendulum-v1", seed=seed)
+        return ppo.begin(args, ppo.Actors(args, 1), None)[1]["agent"]
+
+    checks.check_first_weights(ppo, begin)
 
 
 @pytest.mark.parametrize(("objective", "anneal_lr"), checks.SCHEDULES)
@@ -451,6 +450,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 def test_a_compiled_run_goes_on_where_there_is_no_compiler(tmp_path, monkeypatch, capsys):
     flags = {"env_id": "Pendulum-v1", "total_timesteps": 192, "checkpoint_every": 1}
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(ppo.Run, "hide_bar", False)
     log = ppo.Run.log
 
     def stop(run, update, *rest):
@@ -461,10 +461,12 @@ def test_a_compiled_run_goes_on_where_there_is_no_compiler(tmp_path, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ppo.Run, "log", stop)
         ppo.train(Args(**SMALL | flags | {"compile": True}, run_dir=str(tmp_path / "run")))
+    assert "the first update compiles" in capsys.readouterr().err
     monkeypatch.setattr(ppo.shutil, "which", lambda _: None)
     _, summary = ppo.train(Args(resume=str(tmp_path / "run")))
     assert summary["total_timesteps"] == 192
-    assert capsys.readouterr().err.count("note: no C++ compiler") == 1
+    said = capsys.readouterr().err
+    assert said.count("note: no C++ compiler") == 1 and "compiles" not in said
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -268,8 +268,8 @@ def test_the_first_episode_of_an_evaluation_counts_and_so_does_one_that_is_cut()
     def play(obs, noise):
         return noise
 
-    assert lockstep.play_once(play, actors, [5, 6], 9, False) == [1.0, 7.0]
-    assert lockstep.play_once(play, actors, [5, 6], 2, False) == [5.0, 4.0]  # the second is cut
+    assert lockstep.play_once(play, actors, [5, 6], 9, False) == [(1.0, False), (7.0, False)]
+    assert lockstep.play_once(play, actors, [5, 6], 2, False) == [(5.0, False), (4.0, True)]
 
 
 def test_what_a_crowd_had_learned_before_a_simulator_failed_is_kept(tmp_path, monkeypatch):
@@ -345,11 +345,25 @@ def test_what_a_crowd_carries_on_from_update_to_update_is_what_the_script_does(
         assert [float(row["charts/beta"]) for row in charts] == expected
 
 
-def test_a_policy_that_the_fast_one_does_not_follow_is_refused(monkeypatch, tmp_path):
+def shift_policy(monkeypatch):
     policy = ppo.Agent.policy
     monkeypatch.setattr(
         ppo.Agent, "policy", lambda self, obs: (policy(self, obs)[0] + 0.1, policy(self, obs)[1])
     )
+
+
+def add_a_layer(monkeypatch):
+    mlp = ppo.mlp
+    monkeypatch.setattr(
+        ppo,
+        "mlp",
+        lambda inputs, outputs, gain: mlp(inputs, 64, 1.0).append(torch.nn.Linear(64, outputs)),
+    )
+
+
+@pytest.mark.parametrize("change", [shift_policy, add_a_layer])
+def test_a_policy_that_the_fast_one_does_not_follow_is_refused(monkeypatch, tmp_path, change):
+    change(monkeypatch)
     with pytest.raises(ppo.UserError, match=r"does not play Agent\.policy"):
         train(tmp_path / "run", total_timesteps=64)
 
@@ -511,6 +525,21 @@ def test_an_agent_that_is_not_finite_keeps_finite_weights_and_harms_nobody(where
     for i, (good, spoiled) in enumerate(zip(*results, strict=True)):
         assert spoiled.isfinite().all()
         assert torch.equal(good, spoiled) == (i != 1)
+
+
+def test_an_agent_with_a_metric_that_is_not_finite_is_not_alive():
+    """With a clip, the KL is in no loss, so that no step shows it."""
+    crowd = crowd_of(norm_adv="none", objectives=["clip:0.2"])
+    actors = ppo.Actors(crowd[0], len(crowd))
+    parts = [ppo.begin(args, actors, None)[1] for args in crowd]
+    rng = torch.Generator().manual_seed(0)
+    batches = [random_batch(mine["agent"], rng) for mine in parts]
+    batches[1]["valid"][10] = True
+    batches[1]["mean"][10] = math.inf
+    metrics, alive = learn(crowd, parts, batches)
+    assert alive == [True, False]
+    assert not math.isfinite(metrics[1]["kl_after_update"])
+    assert math.isfinite(metrics[1]["policy_loss"])
 
 
 def test_what_stands_in_reset_rows_changes_nothing():
@@ -711,13 +740,15 @@ def test_an_evaluation_that_is_not_finite_costs_that_agent_alone(tmp_path, monke
     play_once = lockstep.play_once
 
     def spoil(play, actors, seeds, *rest):
-        returns = play_once(play, actors, seeds, *rest)
-        assert len(returns) == 8 * 2  # two episodes of each agent; the second one's are spoiled
-        return [*returns[:2], math.nan, *returns[3:]]
+        episodes = play_once(play, actors, seeds, *rest)
+        assert len(episodes) == 8 * 2  # two episodes of each agent; the second one's are spoiled
+        return [*episodes[:2], (math.nan, True), *episodes[3:]]
 
     monkeypatch.setattr(lockstep, "play_once", spoil)
     train(tmp_path / "run", env_id="Pendulum-v1", total_timesteps=64)
-    assert "not finite: clip-0.2__2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not finite: clip-0.2__2" in said
+    assert "note: 1 of 16 evaluation episodes" in said and "cut after 200 steps" in said
     for args in crowd_of():
         name = lockstep.agent_name(args)
         (summary,) = json.loads((tmp_path / "run" / name / "summary.json").read_text())

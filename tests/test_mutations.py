@@ -95,14 +95,17 @@ class Witness:
 
     def begin(self, *given):
         state, parts = self.real["begin"](*given)
-        self.agent = parts["agent"]
+        self.agent, self.action_rng = parts["agent"], parts["action_rng"]
         return state, parts
 
     def draw_noise(self, *given):
-        self.noise = self.real["draw_noise"](*given)
+        self.noise, self.noise_rng = self.real["draw_noise"](*given), given[1]
         return self.noise
 
     def collect(self, play, actors, noise):
+        """Every actor has noise of its own, from the stream of actions."""
+        assert noise is self.noise and self.noise_rng is self.action_rng
+        assert noise.shape[1] == actors.num_envs
         rollout, episodes = self.real["collect"](play, actors, noise)
         assert_played(self.agent, rollout["obs"][:-1], noise, rollout["actions"].numpy())
         self.counts["steps"] += len(noise)
@@ -257,12 +260,22 @@ BYPASSES = {
     ),
     "to be loaded": ("ppo_cartpole", MASK, ("act(agent, obs, noise) +", f"{SAMPLE} +")),
     "to act in NumPy": ("ppo_continuous", RELU, (GUARD, "True")),
+    "with the noise of another actor": (
+        "ppo_cartpole",
+        MASK,
+        ("shape = (args.num_steps, args.num_envs, ", "shape = (args.num_steps, 1, "),
+    ),
+    "with noise of another stream": (
+        "ppo_continuous",
+        RELU,
+        ('draw_noise(shape, parts["action_rng"])', 'draw_noise(shape, parts["minibatch_rng"])'),
+    ),
 }
 
 
 @pytest.mark.parametrize("purpose", BYPASSES)
 def test_a_way_past_the_policy_is_caught(purpose, edited, monkeypatch, tmp_path):
-    """So the test above has eyes: these are the mistakes that the scripts once made."""
+    """So the test above has eyes. Most of these are mistakes that the scripts once made."""
     script, *edits = BYPASSES[purpose]
     module = edited(script, *edits)
     # in a rollout, train() makes a RuntimeError of it, which says in which update it was
@@ -302,7 +315,7 @@ def check_gae(script) -> None:
 
 def check_loss(script) -> None:
     for objective in checks.OBJECTIVES:
-        for ratio in checks.RATIOS:
+        for ratio in (*checks.RATIOS, checks.FAR):
             for advantage in checks.ADVANTAGES:
                 checks.check_loss(script, objective, ratio, advantage)
 
