@@ -30,9 +30,10 @@ the policies score that have learned nothing); from these alone the report makes
 pictures. A clone holds the committed ones, so nothing is missing there: to run it all again, give a
 folder of your own, --results mine.
 
-When all 770 runs are in, `--report --freeze-scale` writes scale.csv, once. The other tables are on
-that scale too. So report them again: the two commands above and --preset modern, each with
---report; then figure3.py --report, which reads PPO's runs here, and readme.py.
+`--report --freeze-scale` wrote scale.csv, once, when all 770 runs were in: what is 0 and what is 1.
+The other tables are on that scale too. So whoever runs this table anew deletes it, freezes another,
+and reports them again: the two commands above and --preset modern, each with --report; then
+figure3.py --report, which reads PPO's runs here, and readme.py.
 """
 
 import itertools

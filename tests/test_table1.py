@@ -826,9 +826,10 @@ def test_flags_that_do_not_exist_get_the_box_of_the_script(tmp_path, monkeypatch
     assert not list(tmp_path.rglob("*.csv")) and not (tmp_path / "small/runs").exists()
 
 
-COMMITTED = {  # folder -> its flags, its seeds
-    "table1-bootstrapped": ("paper", ["--bootstrap-truncated"], ["1", "2", "3"]),
-    "table1-modern": ("modern", [], ["1", "2", "3", "4", "5"]),
+COMMITTED = {  # folder -> its preset and flags, how many seeds, whether it bootstraps time limits
+    "table1": ("paper", [], 10, False),
+    "table1-bootstrapped": ("paper", ["--bootstrap-truncated"], 3, True),
+    "table1-modern": ("modern", [], 5, True),
 }
 
 
@@ -836,9 +837,10 @@ COMMITTED = {  # folder -> its flags, its seeds
 def test_a_committed_table_lacks_nothing_and_takes_no_run_of_another_meaning(
     name, tmp_path, monkeypatch
 ):
-    """Its commands say `--preset paper`, which bootstrapped at that time."""
+    """Those of table1-bootstrapped say `--preset paper`, which bootstrapped at that time."""
     monkeypatch.chdir(tmp_path)
-    preset, more, seeds = COMMITTED[name]
+    preset, more, count, bootstraps = COMMITTED[name]
+    seeds = [str(seed) for seed in range(1, count + 1)]
     shutil.copytree(ROOT / "benchmark/results" / name, tmp_path / "mine")
     planned = []
     monkeypatch.setattr(sweep, "run", lambda calls, *_: planned.extend(calls))
@@ -846,17 +848,18 @@ def test_a_committed_table_lacks_nothing_and_takes_no_run_of_another_meaning(
     flags = ["--preset", preset, "--results", "mine", "--seeds", *seeds]
     table1.main([*flags, "--", *more])
     assert planned == []
-    table1.main([*flags, "9", "--tasks", "Hopper", "--", *more])
-    assert all(args.bootstrap_truncated for call in planned for args in call.crowd)
-    assert {args.seed for call in planned for args in call.crowd} == {9}
+    table1.main([*flags, "99", "--tasks", "Hopper", "--", *more])
+    assert {args.bootstrap_truncated for call in planned for args in call.crowd} == {bootstraps}
+    assert {args.seed for call in planned for args in call.crowd} == {99}
+    other = "--no-bootstrap-truncated" if bootstraps else "--bootstrap-truncated"
     with pytest.raises(UserError, match="holds runs of other settings"):
-        table1.main([*flags, "--", "--no-bootstrap-truncated"])
+        table1.main([*flags, "--", other])
     table = sweep.Table(tmp_path / "mine", LAYOUT)
-    if preset == "paper":  # in today's meaning
+    if more:  # without them the preset means something else today
         with pytest.raises(UserError, match="holds runs of other settings"):
             grids.check(table, grids.common_flags(preset, 1_000_000, []))
     grids.check(table, grids.common_flags(preset, 1_000_000, more))
-    table.runs.loc[0, "bootstrap_truncated"] = "False"
+    table.runs.loc[0, "bootstrap_truncated"] = str(not bootstraps)
     with pytest.raises(UserError, match="holds runs of other settings"):
         grids.check(table, grids.common_flags(preset, 1_000_000, more))
 
