@@ -183,7 +183,8 @@ def tell_scores(folder: Path, runs: pd.DataFrame, grid: Grid) -> str:
 {text}
 ![Scores with intervals](scores.png)
 
-The axis is cut between `none` and the others, where both are there.
+Crosses: the paper's scores, which have another 0 and another 1: compare the order, not the levels.
+The axis is cut between `none` and the others, where both are there; the sides differ in scale.
 
 The paper gives the returns neither of its random policy nor of its best result. The mean score, \
 for each choice of 0 and 1:

@@ -658,7 +658,7 @@ def test_the_folder_of_an_old_crowd_gets_one_line(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"script": "ppo_continuous", "args": {"seeds": [1, 2], "objectives": ["none"]}})
     )
-    with pytest.raises(ppo.UserError, match=r"benchmark/lockstep\.py: .* objectives, seeds$"):
+    with pytest.raises(ppo.UserError, match=r"another version: .* objectives, seeds$"):
         ppo.load_run(str(tmp_path))
 
 
