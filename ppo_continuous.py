@@ -1261,7 +1261,8 @@ def load_run(run_dir: str) -> tuple[Args, dict | None]:
     if script != Path(__file__).stem:
         raise UserError(f"{run_dir} is a run of {script}.py, not of {Path(__file__).name}")
     if unknown:
-        raise UserError(f"{run_dir} is of another version: this script has no flags {unknown}")
+        made = "made by another version or by benchmark/lockstep.py"
+        raise UserError(f"{run_dir} was {made}: this script has no flags {unknown}")
     if saved is not None and "updates" not in saved.get("state", {}):
         raise UserError(f"{run_dir} was made by another version of {script}.py")
     if saved is not None and saved["args"] != flags:

@@ -135,15 +135,18 @@ def lunarlander(row: dict[str, str]) -> str:
     return f"{reached} of {runs + len(highest)} runs solve it"
 
 
+def ends(rows: list[dict], column: str) -> tuple[str, str]:
+    """The objectives with the highest and with the lowest score in this column, and the scores."""
+    ordered = sorted(rows, key=lambda row: float(row[column].split()[0]))
+    lowest, *_, highest = [f"{row['objective']} {row[column]}" for row in ordered]
+    return highest, lowest
+
+
 def in_short() -> str:
     """The table of results on the front page: a sentence for each, from the committed tables."""
-    ours = {row["objective"]: row["ours: mean [95%]"] for row in table("table1/scores.md")}
-    theirs = {row["objective"]: row["the paper"] for row in table("table1/scores.md")}
-    ends = []  # the highest and the lowest score: ours, then the paper's
-    for scores in (ours, theirs):
-        ordered = sorted(scores, key=lambda name: float(scores[name].split()[0]))
-        ends += [f"{name} {scores[name]}" for name in (ordered[-1], ordered[0])]
-    highest, lowest, paper_highest, paper_lowest = ends
+    scores = table("table1/scores.md")
+    highest, lowest = ends(scores, "ours: mean [95%]")
+    paper_highest, paper_lowest = ends(scores, "the paper")
     seeds = re.search(r"7 tasks x (\d+) seeds", result("table1/scores.md"))[1]
     spearman = r"^\| Spearman [^|]*\|[^|]*\| ([^|]*) \|"  # in the first reading of 0 and 1
     alike = re.search(spearman, result("table1/summary.md"), re.M)[1]

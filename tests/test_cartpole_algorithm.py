@@ -740,8 +740,11 @@ def test_a_seed_has_first_weights_of_its_own():
     check_first_weights(ppo, begin)
 
 
-def check_evaluation_noise(script, agent, args, path, monkeypatch) -> None:
-    """Every step of an evaluation draws noise, or none; every episode has a stream of its own."""
+def check_evaluation_noise(script, agent, args, path, monkeypatch) -> list[int]:
+    """Every step of an evaluation draws noise, or none; every episode has a stream of its own.
+
+    Returns the seed of the stream of each draw.
+    """
     drawn, draw_noise = [], script.draw_noise
 
     def watched(shape, rng):
@@ -762,6 +765,7 @@ def check_evaluation_noise(script, agent, args, path, monkeypatch) -> None:
     episode_of = np.cumsum([0, *steps[:-1]])  # of every step
     assert sum(steps) == args.eval_episodes == 2
     assert drawn == [first + i for i in episode_of] * args.sample_actions
+    return drawn
 
 
 @pytest.mark.parametrize("sample", [True, False])

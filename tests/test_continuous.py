@@ -324,9 +324,12 @@ def test_the_penalty_has_the_weight_that_the_update_is_given():
 
 @pytest.mark.parametrize("sample", [True, False])
 def test_every_step_of_an_evaluation_has_its_own_noise_or_none(sample, tmp_path, monkeypatch):
+    """Two episodes of 200 steps; each has a stream of its own."""
     args = small(env_id="Pendulum-v1", sample_actions=sample)
     agent = Agent(3, 1, obs_clip=10.0, log_std=0.0)
-    checks.check_evaluation_noise(ppo, agent, args, tmp_path, monkeypatch)
+    drawn = checks.check_evaluation_noise(ppo, agent, args, tmp_path, monkeypatch)
+    first = 2**30 + ppo.stream(1, "evaluation")
+    assert drawn == ([first] * 200 + [first + 1] * 200) * sample
 
 
 def test_a_seed_has_first_weights_of_its_own():
@@ -658,7 +661,7 @@ def test_the_folder_of_an_old_crowd_gets_one_line(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"script": "ppo_continuous", "args": {"seeds": [1, 2], "objectives": ["none"]}})
     )
-    with pytest.raises(ppo.UserError, match=r"another version: .* objectives, seeds$"):
+    with pytest.raises(ppo.UserError, match=r"benchmark/lockstep\.py: .* objectives, seeds$"):
         ppo.load_run(str(tmp_path))
 
 
